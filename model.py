@@ -1,0 +1,241 @@
+"""A small GPT that reads a prompt once and scores or samples M responses of it.
+
+    model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]
+    model.hidden(prompt_ids, prompt_mask, response_ids) -> [B, M, R, D]   what the head reads
+    model.encode(prompt_ids, prompt_mask)               -> [B, S, D]      the prompt's own states
+    response_logps(model, batch)                        -> [B, M]         log pi(response | prompt), a sum over tokens
+    sample(model, prompt_ids, prompt_mask, M, ...)      -> response_ids, response_mask [B, M, R]
+
+B prompts, M responses of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads.
+Prompts and responses are padded on the right; what stands in the padding changes nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    """Size of a GPT. The defaults are the small one of the main job; GPT-2 is (50257, 1024, 12, 12, 768, 50256)."""
+
+    vocab_size: int = 512
+    context: int = 256  # longest prompt + response, in tokens
+    layers: int = 2
+    heads: int = 4
+    width: int = 128
+    eos: int = 511  # the token that ends a response
+
+
+class Attention(nn.Module):
+    """Causal self-attention over [cached prompt, own tokens] (Radford et al. 2019, the GPT-2 layout)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.c_attn = nn.Linear(config.width, 3 * config.width)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x, past=None, mask=None):
+        """x [N, T, D]; past: a cache (see `PromptCache`) or None. Returns the output [N, T, D] and the keys and values."""
+        N, T, D = x.shape
+        q, k, v = self.c_attn(x).view(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
+        if past is not None:
+            k, v = past.extend(k, v)  # [N, H, S + T, D/H]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(N, T, D)), (k, v)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(config.width, 4 * config.width), "c_proj": nn.Linear(4 * config.width, config.width)}
+        )
+
+    def forward(self, x, past=None, mask=None):
+        y, kv = self.attn(self.ln_1(x), past, mask)
+        x = x + y
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")), kv
+
+
+class PromptCache:
+    """One layer's keys and values of the prompts [B, H, S, D/H], shared by the M responses of each: for scoring."""
+
+    def __init__(self, k, v, M: int):
+        self.k, self.v, self.M = k, v, M
+
+    def extend(self, k, v):
+        """Append the responses' own keys and values [B * M, H, T, D/H]."""
+        return tuple(
+            torch.cat([old[:, None].expand(-1, self.M, -1, -1, -1), new.unflatten(0, (-1, self.M))], 3).flatten(0, 1)
+            for old, new in ((self.k, k), (self.v, v))
+        )
+
+
+class SamplingCache:
+    """The same, with room for the tokens to come: written in place, so a new token copies nothing."""
+
+    def __init__(self, k, v, M: int, max_tokens: int):
+        self.length = k.shape[2]
+        self.k, self.v = (F.pad(t, (0, 0, 0, max_tokens)).repeat_interleave(M, 0) for t in (k, v))  # [B * M, H, S + R, D/H]
+
+    def extend(self, k, v):
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class GPT(nn.Module):
+    """GPT-2: pre-norm blocks, learned positions, tanh GELU, head tied to the embedding. Published weights fit it.
+
+    Parameter names are GPT-2's (without the `transformer.` prefix; its Conv1D weights are stored transposed).
+
+    >>> model = GPT(GPTConfig(vocab_size=11, context=16, layers=1, heads=2, width=8, eos=10))
+    >>> prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    >>> model(prompt, mask, torch.tensor([[[4, 10], [5, 10]]])).shape      # B = 1 prompt, M = 2 responses of R = 2 tokens
+    torch.Size([1, 2, 2, 11])
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width)
+        std = 0.02 * (768 / config.width) ** 0.5  # GPT-2's 0.02 at GPT-2's width; a narrow model learns to copy far sooner
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # residual projections start smaller, so that the sum over layers keeps its size
+                nn.init.normal_(p, std=std / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def read_prompt(self, prompt_ids):
+        """The prompt alone, causally. Returns its states before the last norm [B, S, D] and each layer's (keys, values)."""
+        x = self.wte(prompt_ids) + self.wpe.weight[: prompt_ids.shape[1]]  # [B, S, D]
+        cache = []
+        for block in self.h:
+            x, kv = block(x)  # padding stands on the right, so a causal mask already hides it from real tokens
+            cache.append(kv)
+        return x, cache
+
+    def encode(self, prompt_ids, prompt_mask):
+        """States of the prompt's own tokens, [B, S, D]; those of padding are to be masked by the reader."""
+        return self.ln_f(self.read_prompt(prompt_ids)[0])
+
+    def hidden(self, prompt_ids, prompt_mask, response_ids):
+        """States that predict each response token: prompt read once, each response attends to [prompt, itself].
+
+        Args: prompt_ids, prompt_mask [B, S] (at least one real token a row); response_ids [B, M, R].
+        Returns: [B, M, R, D]; [..., 0, :] is the last prompt token's state, shared by the M responses.
+        Raises: ValueError where S + R exceeds the context.
+        """
+        (B, S), (_, M, R) = prompt_ids.shape, response_ids.shape
+        if S + R > self.config.context:
+            raise ValueError(f"prompt and response need {S} + {R} tokens, the model reads {self.config.context}")
+        x, cache = self.read_prompt(prompt_ids)
+        length = prompt_mask.sum(1)  # [B]
+        first = x[torch.arange(B, device=x.device), length - 1]  # [B, D]
+        first = first[:, None, None].expand(B, M, 1, -1)  # [B, M, 1, D]
+        if R == 1:
+            return self.ln_f(first)
+        T = R - 1  # the last token predicts nothing, so it need not be read
+        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+        mask = torch.cat([prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)], -1)  # [B, T, S + T]
+        mask = mask[:, None, None].expand(B, M, 1, T, S + T).flatten(0, 1)  # [B * M, 1, T, S + T]
+        positions = length[:, None] + torch.arange(T, device=x.device)  # [B, T], padding not counted
+        y = (self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]).flatten(0, 1)  # [B * M, T, D]
+        for block, kv in zip(self.h, cache):
+            y, _ = block(y, PromptCache(*kv, M), mask)
+        return self.ln_f(torch.cat([first, y.unflatten(0, (B, M)).to(first.dtype)], 2))
+
+    def head(self, states):
+        """Logits [..., V] of states [..., D]."""
+        return F.linear(states, self.wte.weight)
+
+    def forward(self, prompt_ids, prompt_mask, response_ids):
+        """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
+        return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
+
+    def decode(self, prompt_ids, prompt_mask, M: int, max_tokens: int):
+        """Open a decoding session: returns the first logits [B * M, V] and `step(ids [B * M]) -> logits [B * M, V]`."""
+        B, S = prompt_ids.shape
+        if S + max_tokens > self.config.context:
+            raise ValueError(f"prompt and response need {S} + {max_tokens} tokens, the model reads {self.config.context}")
+        x, cache = self.read_prompt(prompt_ids)
+        cache = [SamplingCache(*kv, M, max_tokens) for kv in cache]
+        position = prompt_mask.sum(1)  # [B]
+        first = x[torch.arange(B, device=x.device), position - 1]  # [B, D]
+        position = position.repeat_interleave(M)  # [B * M]
+        mask = F.pad(prompt_mask, (0, max_tokens), value=True).repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S + R]
+
+        def step(ids):
+            nonlocal position
+            y = (self.wte(ids) + self.wpe(position))[:, None]  # [B * M, 1, D]
+            position = position + 1
+            for block, past in zip(self.h, cache):
+                y, _ = block(y, past, mask[..., : past.length + 1])
+            return self.head(self.ln_f(y[:, 0]))
+
+        return self.head(self.ln_f(first)).repeat_interleave(M, 0), step
+
+
+def response_logps(model, batch, allowed=None):
+    """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of every response, EOS included where it has one.
+
+    Args: model: see the top of this file; batch: prompt_ids, prompt_mask [B, S], response_ids, response_mask [B, M, R];
+        allowed: [R', V] bool with R' >= R, the tokens possible at each place (the rest have probability 0), or None.
+    Returns: [B, M] float32, natural logs; 0 for an empty candidate slot.
+    """
+    mask = batch.response_mask
+    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[mask]  # [n, D], real tokens alone
+    logits = model.head(states).float()  # [n, V]
+    if allowed is not None:
+        place = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)[mask]
+        logits = logits.masked_fill(~allowed[place], -torch.inf)
+    token_logps = -F.cross_entropy(logits, batch.response_ids[mask], reduction="none")  # [n]
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, token_logps).sum(-1)
+
+
+@torch.no_grad()
+def sample(model, prompt_ids, prompt_mask, M, max_tokens, generator, temperature=1.0, top_k=0, top_p=1.0, allowed=None):
+    """Draw M responses of every prompt, token by token; the prompt is read once, and its cache serves all M.
+
+    Args: prompt_ids, prompt_mask [B, S]; generator: torch.Generator of the model's device; temperature: divides the logits;
+        top_k: keep the k likeliest tokens (0: all); top_p: keep the fewest tokens whose probabilities reach p (1: all);
+        allowed: [max_tokens, V] bool, the tokens possible at each place, or None.
+    Returns: response_ids, response_mask [B, M, R], R <= max_tokens. EOS is inside the mask; a response that never
+        reached it has none, and what follows an EOS is EOS, outside the mask.
+    """
+    eos = model.config.eos
+    logits, step = model.decode(prompt_ids, prompt_mask, M, max_tokens)
+    done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    ids, mask = [], []
+    for t in range(max_tokens):
+        logits = logits.float() / temperature
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed[t], -torch.inf)
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        probs = logits.softmax(-1)
+        if top_p < 1:
+            ordered, index = probs.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens; the likeliest is always kept
+            probs = probs.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), 0.0)
+        token = torch.multinomial(probs, 1, generator=generator)[:, 0].masked_fill(done, eos)
+        ids.append(token)
+        mask.append(~done)
+        done = done | (token == eos)
+        if t + 1 == max_tokens or done.all():
+            break
+        logits = step(token)
+    return tuple(torch.stack(x, -1).unflatten(0, (-1, M)) for x in (ids, mask))
