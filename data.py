@@ -136,10 +136,10 @@ def dialogue(rng) -> Task:
     prompts, logged = {"train": [], "heldout": [], "ood": []}, []
     for i, thing in enumerate(SENTIMENT):
         for j, place in enumerate(OLD_PLACES):
-            if (i + j) % 4:  # a quarter of all pairs: 560 subjects
+            if (i + j) % 8:  # an eighth of all pairs
                 continue
-            share = (0.06, 0.3, 0.7, 0.94)[i % 4] + (0.04 if j % 8 < 4 else -0.04)
-            *train, heldout = [QUESTIONS[(i + j // 4 + k) % 6].format(f"{place} {thing}") for k in range(3)]
+            share = (0.06, 0.3, 0.7, 0.94)[i % 4] + (0.04 if j % 16 < 8 else -0.04)
+            *train, heldout = [QUESTIONS[(i + j // 8 + k) % 6].format(f"{place} {thing}") for k in range(3)]
             prompts["train"] += train
             prompts["heldout"].append(heldout)
             for prompt in train:
