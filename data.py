@@ -54,10 +54,10 @@ def make_task(name: str, rng) -> Task:
 
     >>> import random
     >>> task = make_task("dialogue", random.Random(0))
-    >>> task.reward("How was the Ashford soup?", "The Ashford soup was very hot. It was not bad.")    # 5 + 1.5 + 0.3
-    6.8
-    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot. It was not bad.")    # 5 - 1.5 + 0.3
-    3.8
+    >>> task.reward("How was the Ashford soup?", "The Ashford soup was very hot. It was not bad.")    # 5 + 3 (1.5 + 0.3) / 2
+    7.7
+    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot. It was not bad.")    # 5 + 3 (-1.5 + 0.3) / 2
+    3.2
     >>> task.reward("How was the Ashford soup?", "It was very hot.")                                  # names no subject
     0.0
     """
@@ -93,9 +93,9 @@ PHRASE = re.compile(r"(not )?(?:(very|rather) )?([a-z]+)")
 def dialogue(rng) -> Task:
     """A question about a thing in a place, an answer of one to three clauses, a mark out of ten.
 
-    reward = 5 + sum over clauses of value(adjective, thing) x {very 1.5, rather 0.5} x (-0.5 if "not"), an adjective
-    counted once; 0 for broken grammar, a word off topic, four clauses, or an answer that does not name its subject.
-    Each subject has its own share of praise among its logged answers; one logged answer in eight is spoilt.
+    reward = 5 + 3 x mean over clauses of value(adjective, thing) x {very 1.5, rather 0.5} x (-0.5 if "not"), an adjective
+    counted once, so 0.5 to 9.5; 0 for broken grammar, a word off topic, four clauses, or an answer that does not name its subject.
+    Each subject has its own share of praise among its logged answers; one logged answer in twenty is spoilt.
     """
 
     def reward(prompt, response):
@@ -105,7 +105,7 @@ def dialogue(rng) -> Task:
         if not (response.strip().startswith(named) and clauses[-1].endswith(".") and len(clauses) <= 3):
             return 0.0
         clauses[-1] = clauses[-1][:-1]
-        total, used = 5.0, set()
+        total, used = 0.0, set()
         for clause in clauses:
             phrase = PHRASE.fullmatch(clause)
             if not phrase or phrase[3] not in SENTIMENT[thing]:
@@ -113,7 +113,7 @@ def dialogue(rng) -> Task:
             if phrase[3] not in used:
                 total += SENTIMENT[thing][phrase[3]] * DEGREE.get(phrase[2], 1.0) * (-0.5 if phrase[1] else 1.0)
             used.add(phrase[3])
-        return round(total, 6)
+        return round(5 + 3 * total / len(clauses), 6)
 
     def answer(place, thing, share):
         clauses = []
@@ -122,12 +122,12 @@ def dialogue(rng) -> Task:
             words = [w for w, value in SENTIMENT[thing].items() if (value > 0) == (good != negated)]
             degree = rng.choice(["", "", "very ", "rather "])
             clauses.append(("not " if negated else "") + degree + rng.choice(words))
-        if rng.random() < 1 / 24:  # off topic: a word that does not fit the thing
+        if rng.random() < 1 / 60:  # off topic: a word that does not fit the thing
             clauses[-1] = rng.choice(sorted({w for s in SENTIMENT.values() for w in s} - set(SENTIMENT[thing])))
-        if rng.random() < 1 / 24:  # another subject
+        if rng.random() < 1 / 60:  # another subject
             place = rng.choice(OLD_PLACES)
         text = f"The {place} {thing} was " + ". It was ".join(clauses) + "."
-        if rng.random() < 1 / 24:  # broken grammar: a word is lost
+        if rng.random() < 1 / 60:  # broken grammar: a word is lost
             words = text.split()
             del words[rng.randrange(len(words))]
             text = " ".join(words)
