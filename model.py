@@ -167,7 +167,11 @@ class GPT(nn.Module):
         return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
 
     def decode(self, prompt_ids, prompt_mask, M: int, max_tokens: int):
-        """Open a decoding session: returns the first logits [B * M, V] and `step(ids [B * M]) -> logits [B * M, V]`."""
+        """Open a decoding session for M responses a prompt.
+
+        Returns: the first logits [B * M, V], and step(ids, rows) -> logits [len(rows), V]: read one token more of the
+        responses `rows` (indices into those of the last call; the others are over and leave the cache).
+        """
         B, S = prompt_ids.shape
         if S + max_tokens > self.config.context:
             raise ValueError(f"prompt and response need {S} + {max_tokens} tokens, the model reads {self.config.context}")
@@ -178,9 +182,13 @@ class GPT(nn.Module):
         position = position.repeat_interleave(M)  # [B * M]
         mask = F.pad(prompt_mask, (0, max_tokens), value=True).repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S + R]
 
-        def step(ids):
-            nonlocal position
-            y = (self.wte(ids) + self.wpe(position))[:, None]  # [B * M, 1, D]
+        def step(ids, rows=None):
+            nonlocal position, mask
+            if rows is not None:
+                position, mask = position[rows], mask[rows]
+                for past in cache:
+                    past.k, past.v = past.k[rows], past.v[rows]
+            y = (self.wte(ids) + self.wpe(position))[:, None]  # [rows, 1, D]
             position = position + 1
             for block, past in zip(self.h, cache):
                 y, _ = block(y, past, mask[..., : past.length + 1])
@@ -216,26 +224,40 @@ def sample(model, prompt_ids, prompt_mask, M, max_tokens, generator, temperature
     Returns: response_ids, response_mask [B, M, R], R <= max_tokens. EOS is inside the mask; a response that never
         reached it has none, and what follows an EOS is EOS, outside the mask.
     """
-    eos = model.config.eos
+    eos, B = model.config.eos, len(prompt_ids)
     logits, step = model.decode(prompt_ids, prompt_mask, M, max_tokens)
-    done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    ids, mask = [], []
+    ids = torch.full((B * M, max_tokens), eos, device=logits.device)
+    mask = torch.zeros(B * M, max_tokens, dtype=torch.bool, device=logits.device)
+    alive = torch.arange(B * M, device=logits.device)  # the responses that `logits` belongs to
     for t in range(max_tokens):
-        logits = logits.float() / temperature
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed[t], -torch.inf)
-        if top_k:
-            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-        probs = logits.softmax(-1)
-        if top_p < 1:
-            ordered, index = probs.sort(descending=True)
-            before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens; the likeliest is always kept
-            probs = probs.masked_fill((before >= top_p).scatter(-1, index, before >= top_p), 0.0)
-        token = torch.multinomial(probs, 1, generator=generator)[:, 0].masked_fill(done, eos)
-        ids.append(token)
-        mask.append(~done)
-        done = done | (token == eos)
-        if t + 1 == max_tokens or done.all():
+        probs = next_token_probs(logits.float() / temperature, top_k, top_p, None if allowed is None else allowed[t])
+        cdf = probs.double().cumsum(-1)  # [alive, V]; a token whose probability is 0 is never drawn
+        u = torch.rand(len(cdf), 1, dtype=torch.float64, generator=generator, device=cdf.device)
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+        going = ~(ids[alive, t - 1] == eos) if t else torch.ones_like(token, dtype=torch.bool)
+        token = token.masked_fill(~going, eos)
+        ids[alive, t], mask[alive, t] = token, going
+        going = token != eos
+        left = int(going.sum())
+        if left == 0 or t + 1 == max_tokens:
             break
-        logits = step(token)
-    return tuple(torch.stack(x, -1).unflatten(0, (-1, M)) for x in (ids, mask))
+        rows = None
+        if left <= 0.75 * len(alive):  # finished responses leave, a quarter of them at a time
+            rows = going.nonzero()[:, 0]
+            alive, token = alive[rows], token[rows]
+        logits = step(token, rows)
+    return tuple(x[:, : t + 1].unflatten(0, (B, M)) for x in (ids, mask))
+
+
+def next_token_probs(logits, top_k=0, top_p=1.0, allowed=None):
+    """softmax [N, V] of logits [N, V] over the allowed tokens [V], cut to the top_k likeliest and to the nucleus top_p."""
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, index = probs.sort(descending=True)
+        cut = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens hold p already; the likeliest is always kept
+        probs = probs.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), 0.0)
+    return probs

@@ -350,14 +350,14 @@ def score_examples(c: Config, world: World, model, examples) -> list:
 
 
 def chunk_size(c: Config, world: World, M: int) -> int:
-    """Prompts at a time, so that the logits of a chunk stay below about 200 MB."""
-    return max(1, int(5e7 / (M * world.max_response * world.enc.n_vocab)))
+    """Prompts scored at a time: few, so that a chunk stays in the processor's cache; more on a GPU."""
+    return max(1, int((3e6 if c.device == "cpu" else 1e8) / (M * world.max_response * world.enc.n_vocab)))
 
 
 def sample_lists(c: Config, world: World, model, examples, M: int, generator, temperature: float = 1.0) -> list:
     """M sampled responses for the prompt of every example, as token ids: [[ids, ...], ...]."""
     lists = []
-    size = max(1, 1024 // M)
+    size = max(1, 512 // M)
     for start in range(0, len(examples), size):
         batch = data.make_batch([dataclasses.replace(e, response_ids=[[0]], rewards=[0.0], ref_logps=None) for e in examples[start : start + size]],
                                 world.enc.eot_token, c.device)
