@@ -56,16 +56,16 @@ class Config:
     reference_lr: float = 4e-3  # its peak learning rate
     candidates: int = 8  # M, responses sampled for each prompt
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = None  # Evolve rounds: sample the pool anew; default 1 for tasks, 0 for files, which have no reward
+    evolve: int | None = None  # Evolve rounds: sample the pool anew; default 5 for tasks, 0 for files, which have no reward
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
     reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire
     sft_weight: float = 0.0  # weight of the SFT term on the best candidate
     shuffle_prompts: bool = False  # control: train every list under another prompt
-    steps: int = 300  # optimiser steps in all, over all rounds
+    steps: int = 400  # optimiser steps in all, over all rounds
     batch_size: int = 16  # B, prompts a step
-    lr: float = 1e-3  # peak learning rate, warm-up 3 %, then linear to 0
+    lr: float = 3e-4  # peak learning rate, warm-up 3 %, then linear to 0
     weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # gradient norm
     eval_prompts: int = 64  # prompts of each evaluation split
@@ -96,7 +96,7 @@ def resolve(config: Config) -> Config:
     c, files = dataclasses.replace(config), bool(config.data)
     c.vocab_size = c.vocab_size if c.vocab_size is not None else 1024 if files else 512
     c.reference_steps = c.reference_steps if c.reference_steps is not None else 300 if files else 600
-    c.evolve = c.evolve if c.evolve is not None else 0 if files else 1
+    c.evolve = c.evolve if c.evolve is not None else 0 if files else 5
     c.reward_norm = c.reward_norm or ("softmax" if c.objective == "lire" else "none")
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
