@@ -81,13 +81,24 @@ def tau_at_kl(ref_logps, rewards, kl):
     return math.exp((low + high) / 2)
 
 
+def greedy_logps(ref_logps, rewards):
+    """log pi* in the limit tau -> 0: the reference restricted to the best-rewarded responses, [B, M], [B, M] -> [B, M].
+
+    >>> greedy_logps(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 1.0, 1.0]])).exp()
+    tensor([[0.0000, 0.6000, 0.4000]])
+    """
+    _check(ref_logps, rewards)
+    return ref_logps.masked_fill(rewards < rewards.max(-1, keepdim=True).values, -torch.inf).log_softmax(-1)
+
+
 class Frontier(NamedTuple):
     """A policy beside the optimum at its KL: rewards and KL averaged over prompts, standard errors by bootstrap over prompts."""
 
     reference_reward: float
     policy_reward: float
     kl: float
-    tau: float  # of the optimum at this KL; nan where no tau reaches it
+    tau: float  # of the optimum at this KL; 0 where the policy spends more KL than any optimum needs
+    optimal_kl: float  # KL of that optimum: the policy's own, or less where tau is 0
     optimal_reward: float
     optimal_reward_se: float
     efficiency: float  # (policy - reference) / (optimal - reference)
@@ -115,7 +126,7 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
 
     Args: log_b, log_w [B, N]: log-probabilities of reference and policy over an enumerated set, or `mixture_weights`;
         rewards [B, N], the true ones; resamples: bootstrap draws over prompts, tau solved anew in each; seed: of the draws.
-    Returns: Frontier. A sampled optimum misses mass, so its efficiency is an upper estimate.
+    Returns: Frontier; efficiency nan where the optimum earns no more than the reference. A sampled optimum misses mass, so its efficiency is an upper estimate.
 
     >>> log_b, rewards = torch.tensor([[0.5, 0.3, 0.2]] * 2).log(), torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, 0.0]])
     >>> f = frontier(log_b, optimal_logps(log_b, rewards, 0.7), rewards)
@@ -127,29 +138,29 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
     base, earned = (log_b.exp() * rewards).sum(-1), (log_w.exp() * rewards).sum(-1)  # [B]
     kl = kl_divergence(log_w, log_b)  # [B]
     tau = tau_at_kl(log_b, rewards, kl.mean().item())
-    if math.isnan(tau):
-        nan = math.nan
-        return Frontier(base.mean().item(), earned.mean().item(), kl.mean().item(), nan, nan, nan, nan, nan, nan)
-    best = optimal_logps(log_b, rewards, tau).exp()  # [B, N]
+    beyond = math.isnan(tau)  # more KL than any optimum needs: the best is then the limit tau -> 0
+    tau = 0.0 if beyond else tau
+    best_logps = greedy_logps(log_b, rewards) if beyond else optimal_logps(log_b, rewards, tau)  # [B, N]
+    best = best_logps.exp()
     optimal = (best * rewards).sum(-1).mean().item()
 
-    # Bootstrap: KL and reward of the optimum on a grid of tau around the solution, for each prompt, then means of resamples.
-    grid = tau * torch.logspace(-1, 1, 81, dtype=torch.float64)
-    optima = [optimal_logps(log_b, rewards, t.item()) for t in grid]
-    grid_kl = torch.stack([kl_divergence(o, log_b) for o in optima])  # [G, B], falling along G
+    # Bootstrap: KL and reward of the optimum on a grid of tau, for each prompt, then means of resamples.
+    scale = (rewards.max() - rewards.min()).clamp_min(1e-12)
+    optima = [optimal_logps(log_b, rewards, t.item()) for t in scale * torch.logspace(3, -3, 121, dtype=torch.float64)]
+    optima.append(greedy_logps(log_b, rewards))
+    grid_kl = torch.stack([kl_divergence(o, log_b) for o in optima])  # [G, B], rising along G
     grid_reward = torch.stack([(o.exp() * rewards).sum(-1) for o in optima])
     draws = torch.randint(len(kl), (resamples, len(kl)), generator=torch.Generator().manual_seed(seed))
     optima, gains = [], []
     for rows in draws:
-        x, y = grid_kl[:, rows].mean(-1).flip(0).contiguous(), grid_reward[:, rows].mean(-1).flip(0)  # x rising
-        k = kl[rows].mean()
+        x, y, k = grid_kl[:, rows].mean(-1), grid_reward[:, rows].mean(-1), kl[rows].mean()
         i = torch.searchsorted(x, k).clamp(1, len(x) - 1)
         at = y[i - 1] + (y[i] - y[i - 1]) * ((k - x[i - 1]) / (x[i] - x[i - 1]).clamp_min(1e-12)).clamp(0, 1)
         optima.append(at)
         gains.append((earned[rows].mean() - base[rows].mean()) / (at - base[rows].mean()))
     return Frontier(
         reference_reward=base.mean().item(), policy_reward=earned.mean().item(), kl=kl.mean().item(), tau=tau,
-        optimal_reward=optimal, optimal_reward_se=torch.stack(optima).std().item(),
+        optimal_kl=kl_divergence(best_logps, log_b).mean().item(), optimal_reward=optimal, optimal_reward_se=torch.stack(optima).std().item(),
         efficiency=((earned.mean() - base.mean()) / (optimal - base.mean())).item(), efficiency_se=torch.stack(gains).std().item(),
         effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
     )

@@ -61,11 +61,11 @@ class Config:
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
     reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire
-    sft_weight: float = 0.0  # weight of the SFT term on the best candidate
+    sft_weight: float = 0.1  # weight of the SFT term on the best candidate
     shuffle_prompts: bool = False  # control: train every list under another prompt
     steps: int = 400  # optimiser steps in all, over all rounds
     batch_size: int = 16  # B, prompts a step
-    lr: float = 3e-4  # peak learning rate, warm-up 3 %, then linear to 0
+    lr: float = 5e-4  # peak learning rate, warm-up 3 %, then linear to 0
     weight_decay: float = 0.0  # AdamW's
     clip: float = 1.0  # gradient norm
     eval_prompts: int = 64  # prompts of each evaluation split
@@ -298,7 +298,7 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
     code = "".join(map(inspect.getsource, (train_reference, optimizer_step, lr_at, new_model, rng, make_world)))
     sources = {"model.py": inspect.getsource(models), "data.py": inspect.getsource(data), "train.py's reference code": code}
     parts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
-    parts |= {"torch version": torch.__version__, "dtype": c.dtype, "device": c.device, "seed": str(c.seed), "texts": world.fingerprint[:16]}
+    parts |= {"torch version": str(torch.__version__), "dtype": c.dtype, "device": c.device, "seed": str(c.seed), "texts": world.fingerprint[:16]}
     return parts | {f"--{name.replace('_', '-')}": str(getattr(c, name)) for name in REFERENCE_SETTINGS}
 
 
@@ -451,15 +451,15 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     wins = policy_rewards[:, :, None] - reference_rewards[:, None, :]
     kl, groups = kls.mean().item(), reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None
     usable = kl >= 0.05 and f.effective_sample_size >= 20 and math.isfinite(f.efficiency)
-    # V* at the tau of this policy: how far the best achievable differs from prompt to prompt
-    values = dro.optimal_value(log_b, pool_rewards, f.tau) if math.isfinite(f.tau) else torch.full((len(examples),), math.nan)
+    # How far the best achievable differs from prompt to prompt: V* at tau 1 in units of the reference's reward deviation
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
+    values = dro.optimal_value(log_b, pool_rewards, deviation.item())
     m = {
         "policy_reward": policy_rewards.mean().item(), "reference_reward": reference_rewards.mean().item(),
         "best_of_8_reward": groups.max(-1).values.mean().item() if groups is not None else math.nan,
         "win_rate": ((wins > 0).double() + 0.5 * (wins == 0).double()).mean().item(),
         "kl": kl, "kl_se": (kls.std() / len(kls) ** 0.5).item(),
-        "optimal_reward": f.optimal_reward, "optimal_reward_se": f.optimal_reward_se, "effective_sample_size": f.effective_sample_size,
+        "optimal_kl": f.optimal_kl, "optimal_reward": f.optimal_reward, "optimal_reward_se": f.optimal_reward_se, "effective_sample_size": f.effective_sample_size,
         "efficiency": f.efficiency if usable else math.nan, "efficiency_se": f.efficiency_se if usable else math.nan,
         "value_deviation": values.std().item(), "reward_deviation": deviation.item(),
     }

@@ -1,0 +1,250 @@
+"""What does reading the prompt once save? Time and memory of an update, and of sampling with the cache.
+
+    python -m experiments.bench --quick                     one shape, the default model, 3 pairs: well under a minute on two cores
+    python -m experiments.bench                             default and 5 M model, four shapes, 15 pairs
+    python -m experiments.bench --model gpt2 --device cuda  the 124 M GPT-2 size
+
+`once` is an update (forward and backward, no optimiser) as the project does it: the prompt read once, its M responses attend
+to it. `repeated` is the same model given B * M prompts with one response each; the head sees response positions alone in both.
+They run in turn (pairs: once, repeated, repeated, once, ...); shown are the median and, in brackets, the quartiles, of each
+time and of the ratio pair by pair. Prompts and responses have their full length, so nothing is padding.
+
+The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the measured ratio over it. `peak` is
+useful_flops / seconds as a share of this machine's own float32 matrix product, measured first. `MB` is the peak memory of an
+update above what the process held before it, each variant in a process of its own: the resident set on a CPU (ru_maxrss),
+torch's allocator on a GPU. Writes out/bench.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+import data
+import model as models
+
+SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
+MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
+    "default": (16, 15, {}),
+    "5m": (16, 15, {"layers": 6, "width": 256}),
+    "gpt2": (1, 5, {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768}),
+}
+
+
+def token_ratio(M, S, R):
+    """M (S + R) / (S + M R): tokens read with the prompt repeated over tokens read with the prompt read once.
+
+    >>> token_ratio(8, 256, 32)
+    4.5
+    """
+    return M * (S + R) / (S + M * R)
+
+
+def useful_flops(config, B, M, S, R):
+    """Floating-point operations that an update of B lists cannot do without (2 a multiply-add; backward = 2 x forward).
+
+        B (6 W T + 6 V D (1 + M (R - 1)) + 12 L D A)
+
+    T = S + M (R - 1) tokens read (a response's last token predicts nothing), W = 12 L D^2 weights of the blocks' matrices,
+    V D weights of the head, which sees the M (R - 1) response tokens and the last of the prompt, and
+    A = S (S + 1) / 2 + M ((R - 1) S + (R - 1) R / 2) pairs (query, key) under the causal mask, 2 D multiply-adds each.
+    """
+    L, D, V, own = config.layers, config.width, config.vocab_size, M * (R - 1)
+    A = S * (S + 1) / 2 + own * S + own * R / 2
+    return B * (6 * 12 * L * D**2 * (S + own) + 6 * V * D * (1 + own) + 12 * L * D * A)
+
+
+def setup(name, shape, device, B=None):
+    """A model, and a batch of B random lists of full length twice: as it is, and with every prompt repeated M times."""
+    (M, S, R), (default_B, _, size) = shape, MODELS[name]
+    B = B or default_B
+    torch.manual_seed(0)
+    config = models.GPTConfig(**{"context": max(models.GPTConfig.context, S + R), "eos": -1} | size)  # no token ends a response
+    model = models.GPT(config).to(device)
+    prompts, responses = (torch.randint(config.vocab_size, size, device=device) for size in ((B, S), (B, M, R)))
+
+    def batch(prompts, responses):
+        ones = lambda *size: torch.ones(size, dtype=torch.bool, device=device)
+        rows, M, R = responses.shape
+        return data.Batch(prompts, ones(rows, S), responses, ones(rows, M, R), ones(rows, M), torch.zeros(rows, M, device=device))
+
+    return model, batch(prompts, responses), batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None])
+
+
+def update(model, batch):
+    """Forward and backward, from no gradients to gradients."""
+    model.zero_grad()
+    models.response_logps(model, batch).mean().backward()
+
+
+@torch.no_grad()
+def disagreement(model, once, repeated):
+    """Largest difference between the two variants' log-probs, in nats. Raises: ValueError where they score differently."""
+    a, b = models.response_logps(model, once), models.response_logps(model, repeated)
+    worst = (a.flatten() - b.flatten()).abs().max().item()
+    if not worst < 1e-5 * b.abs().max().item():
+        raise ValueError(f"the two variants' log-probs differ by {worst} nats: there is nothing to compare")
+    return worst
+
+
+@torch.no_grad()
+def sample_uncached(model, prompt_ids, prompt_mask, M, max_tokens, generator):
+    """models.sample without its cache: prompt and response are read again for every token. Returns response_ids [B, M, R]."""
+    B = len(prompt_ids)
+    prompt_ids, prompt_mask = (x.repeat_interleave(M, 0) for x in (prompt_ids, prompt_mask))  # [B * M, S]
+    ids = torch.zeros(B * M, 1, max_tokens, dtype=torch.long, device=prompt_ids.device)
+    for t in range(max_tokens):
+        states = model.hidden(prompt_ids, prompt_mask, ids[..., : t + 1])[:, 0, t]  # [B * M, D]
+        cdf = models.next_token_probs(model.head(states).float()).double().cumsum(-1)  # [B * M, V]
+        u = torch.rand(B * M, 1, dtype=torch.float64, generator=generator, device=cdf.device)
+        ids[:, 0, t] = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+    return ids.view(B, M, max_tokens)
+
+
+def timed(f, device):
+    """Seconds of f()."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    f()
+    wait()
+    return time.perf_counter() - began
+
+
+def timed_pairs(f, g, pairs, device):
+    """Seconds of f and of g, `pairs` times each, in turn and with the order turned round every time; one unmeasured run first."""
+    f(), g()
+    times = [], []
+    for i in range(pairs):
+        for k in (0, 1) if i % 2 == 0 else (1, 0):
+            times[k].append(timed((f, g)[k], device))
+    return times
+
+
+def quartiles(x):
+    """[first quartile, median, third quartile]; a single number is all three."""
+    return statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else [x[0]] * 3
+
+
+def peak_flops(device):
+    """The most floating-point operations a second of a few large float32 matrix products."""
+    best = 0.0
+    for n in (1024, 2048, 3072) if device == "cpu" else (4096, 8192):
+        a, b = torch.rand(2, n, n, device=device)
+        best = max(best, *(2 * n**3 / timed(lambda: a @ b, device) for _ in range(8)))  # noqa: B023 (called at once)
+    return best
+
+
+def memory_of(name, shape, device, which):
+    """Peak memory of two updates above what was held before, in MB. Call it in a fresh process (see `in_own_process`)."""
+    def now():
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    prepare(device)
+    model, *batches = setup(name, shape, device)
+    before = now()
+    for _ in range(2):
+        update(model, batches[which])
+    return now() - before
+
+
+def in_own_process(f, *args):
+    """f(*args) in a new process. The parent must be small still: a child's ru_maxrss starts at its parent's resident set."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+def prepare(device):
+    torch.set_float32_matmul_precision("highest")
+    if device == "cpu":
+        torch.set_flush_denormal(True)
+
+
+def measure(name, shape, device, pairs, peak, sampling=False):
+    """One row of the table, as a dict; see the top of this file. sampling: time models.sample and `sample_uncached` too."""
+    model, once, repeated = setup(name, shape, device)
+    (B, S), (M, _, R) = once.prompt_ids.shape, shape
+    row = {"model": name, "parameters": sum(p.numel() for p in model.parameters()), "B": B, "M": M, "S": S, "R": R, "pairs": pairs,
+           "disagreement": disagreement(model, once, repeated)}
+    times = timed_pairs(lambda: update(model, once), lambda: update(model, repeated), pairs, device)
+    row |= {"once": quartiles(times[0]), "repeated": quartiles(times[1]), "ratio": quartiles([b / a for a, b in zip(*times)]),
+            "token_ratio": token_ratio(M, S, R)}
+    row["reached"] = row["ratio"][1] / row["token_ratio"]
+    flops = useful_flops(model.config, B, M, S, R)
+    row |= {"peak_once": flops / row["once"][1] / peak, "peak_repeated": flops / row["repeated"][1] / peak}
+    if sampling:
+        draw = lambda f: f(model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0))
+        row["sampling_pairs"] = min(pairs, 3)
+        times = timed_pairs(lambda: draw(models.sample), lambda: draw(sample_uncached), row["sampling_pairs"], device)
+        row |= {"sampled_cached": quartiles([B * M * R / s for s in times[0]]), "sampled_uncached": quartiles([B * M * R / s for s in times[1]])}
+    return row
+
+
+def show(row):
+    """A row of the table as text."""
+    spread = lambda q, scale=1, digits=2: f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
+    cells = [(row["model"], 8), (row["B"], 3), (row["M"], 3), (row["S"], 4), (row["R"], 3), (spread(row["once"], 1e3, 0), 20),
+             (spread(row["repeated"], 1e3, 0), 20), (spread(row["ratio"]), 18), (f"{row['token_ratio']:.2f}", 6), (f"{row['reached']:.0%}", 8),
+             (f"{row['peak_once']:.0%}", 5), (f"{row['peak_repeated']:.0%}", 5), (f"{row['memory_once']:.0f}", 6), (f"{row['memory_repeated']:.0f}", 6)]
+    line = "".join(f"{text!s:>{width}}" for text, width in cells)
+    if "sampled_cached" in row:
+        line += (f"\n    sampling here, {row['sampling_pairs']} pairs: {spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
+                 f"{spread(row['sampled_uncached'], 1, 0)} without")
+    return line
+
+
+def main(argv=None):
+    """Measure, print, write out/bench.json. Returns what is written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, help="default: default and 5m")
+    parser.add_argument("--pairs", type=int, help="timed pairs; default 15, for gpt2 5, with --quick 3")
+    parser.add_argument("--shapes", nargs="+", help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the first shape, the default model and 3 pairs, where not said otherwise")
+    args = parser.parse_args(argv)
+    try:
+        shapes = [tuple(map(int, s.split(","))) for s in args.shapes or []] or SHAPES[: 1 if args.quick else None]
+        if any(len(s) != 3 or min(s) < 1 for s in shapes):
+            raise ValueError
+    except ValueError:
+        parser.error("--shapes: expected M,S,R, three whole numbers above 0, such as 8,64,16")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error(f"--pairs {args.pairs}: expected 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    cases = [(name, shape) for name in args.model or (["default"] if args.quick else ["default", "5m"]) for shape in shapes]
+
+    memory = {case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)] for case in cases}  # while this process is small
+    prepare(args.device)
+    peak = peak_flops(args.device)
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device_name}, float32 matrix product {peak / 1e9:.0f} GFLOP/s")
+    print("                          ------------- ms an update -------------           ratio              of tokens   peak      ---- MB ----")
+    print("   model  B  M   S  R                once            repeated  repeated / once tokens reached once  rep.  once  rep.")
+    rows = []
+    for name, shape in cases:
+        pairs = args.pairs or (3 if args.quick else MODELS[name][1])
+        row = measure(name, shape, args.device, pairs, peak, sampling=shape == shapes[0])
+        row |= dict(zip(("memory_once", "memory_repeated"), memory[name, shape]))
+        rows.append(row)
+        print(show(row), flush=True)
+    print("pairs: " + ", ".join(f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values())
+          + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats")
+    result = {"torch": torch.__version__, "device": device_name, "peak_flops": peak, "rows": rows}
+    Path("out").mkdir(exist_ok=True)
+    Path("out/bench.json").write_text(json.dumps(result, indent=1))
+    print("written to out/bench.json")
+    return result
+
+
+if __name__ == "__main__":
+    main()

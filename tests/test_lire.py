@@ -1,0 +1,408 @@
+"""LIRE against its formulas: closed forms, the oracle, invariants, poisoned padding, and wrong variants that must be caught."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import lire
+
+T, S, RAW = 2.0, (-3.0, -5.0, -4.0), (1.0, 0.0, -1.0)
+POISON = (math.nan, math.inf, -math.inf, 1e9)
+LENGTHS_OF_LISTS = (7, 5, 3, 2, 1)  # B = 5 lists, padded to M = 7
+
+
+def make_lists(seed=0, padding=0.7):
+    """logps, rewards [B, M] in float64 and mask; `padding` stands in the slots without a candidate."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(7) < torch.tensor(LENGTHS_OF_LISTS)[:, None]
+    logps = -6 + 2 * torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    rewards = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    return logps.masked_fill(~mask, padding), rewards.masked_fill(~mask, padding), mask
+
+
+def judged(formula, mask, *tensors):
+    """The oracle's formula on each list's real candidates: [B] values, or [B, M] with 0 in the padded slots."""
+    lists = [torch.as_tensor(formula(*(t[i, m].numpy() for t in tensors))) for i, m in enumerate(mask)]
+    if lists[0].dim() == 0:
+        return torch.stack(lists)
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    out[mask] = torch.cat(lists)
+    return out
+
+
+def gradient(loss, logps, *rest):
+    logps = logps.detach().clone().requires_grad_()
+    return torch.autograd.grad(loss(logps, *rest).sum(), logps)[0]
+
+
+def close(a, b, tol=1e-9):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol)
+
+
+def one_list(*rows):
+    """Lists of numbers as float64 [1, M], and a mask without padding."""
+    return *(torch.tensor([row], dtype=torch.float64) for row in rows), torch.ones(1, len(rows[0]), dtype=torch.bool)
+
+
+# ------------------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_worked_example_by_hand():
+    s, r, mask = one_list(S, RAW)
+    Z = math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2)
+    P = [math.exp(-3 / 2) / Z, math.exp(-5 / 2) / Z, math.exp(-4 / 2) / Z]
+    close(lire.candidate_probs(s, mask, T), [P])
+    close(lire.lire_loss(s, r, mask, T), [-(P[0] - P[2])])
+    close(lire.lire_grad(s, r, mask, T), [[-P[j] / 2 * (RAW[j] - (P[0] - P[2])) for j in range(3)]])
+
+
+def test_worked_example_with_the_softmax_rewards_of_the_released_code():
+    s, r, mask = one_list(S, RAW)
+    z = math.e + 1 + 1 / math.e
+    R = [math.e / z, 1 / z, 1 / (math.e * z)]
+    close(lire.transform_rewards(r, mask, "softmax"), [R])
+    numerator = math.exp(-3 / 2) * R[0] + math.exp(-5 / 2) * R[1] + math.exp(-4 / 2) * R[2]
+    close(lire.lire_loss(s, torch.tensor([R], dtype=torch.float64), mask, T), [-numerator / (math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2))])
+
+
+def test_two_candidates_learn_by_a_tanh_of_the_reward_gap():
+    s1, s2, r1, r2 = -2.0, -3.0, 0.4, -1.1
+    s, r, mask = one_list((s1, s2), (r1, r2))
+    P1 = 1 / (1 + math.exp((s2 - s1) / T))
+    g = -(1 / T) * P1 * (1 - P1) * math.tanh((r1 - r2) / 2)
+    close(lire.lire_grad(s, lire.transform_rewards(r, mask, "softmax"), mask, T), [[g, -g]])
+
+
+def test_a_badly_misranked_pair_teaches_nothing():
+    s, r, mask = one_list((-200.0, -3.0), (1.0, 0.0))
+    assert lire.lire_grad(s, r, mask, T).abs().max() < 1e-40  # DPO's weight would be 1 here
+
+
+# ------------------------------------------------------------------------------------------- values and gradients, the oracle
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0, 11.0])
+def test_values_and_gradients_equal_the_oracle(temperature):
+    logps, rewards, mask = make_lists(seed=3)
+    args = logps, rewards, mask, temperature
+    close(lire.candidate_probs(logps, mask, temperature), judged(lambda s: oracle.candidate_probs(s, temperature), mask, logps))
+    close(lire.lire_loss(*args), judged(lambda s, R: oracle.lire_loss(s, R, temperature), mask, logps, rewards))
+    close(gradient(lire.lire_loss, *args), judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards))
+    close(lire.lire_grad(*args), gradient(lire.lire_loss, *args))
+
+
+def test_gradient_equals_finite_differences():
+    logps, rewards, mask = make_lists(seed=4)
+    slopes = lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s)
+    close(lire.lire_grad(logps, rewards, mask, T), judged(slopes, mask, logps, rewards), 1e-8)
+    assert torch.autograd.gradcheck(lambda s: lire.lire_loss(s, rewards, mask, T), logps.requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda s: lire.lire_loss(s, rewards, mask, T), logps)
+
+
+@pytest.mark.parametrize("how", ["softmax", "zscore", "none"])
+def test_transformed_rewards_equal_the_oracle(how):
+    _, rewards, mask = make_lists(seed=5)
+    close(lire.transform_rewards(rewards, mask, how), judged(lambda r: oracle.transform_rewards(r, how), mask, rewards))
+
+
+# -------------------------------------------------------------------------------------------------------------- invariants
+
+
+def test_gradient_sums_to_zero_over_a_list():
+    close(lire.lire_grad(*make_lists(), T).sum(-1), [0.0] * 5)
+
+
+def test_shifts_leave_the_gradient_and_move_the_loss_by_the_reward_shift_alone():
+    logps, rewards, mask = make_lists()
+    c = torch.tensor([[3.0], [-7.0], [0.5], [11.0], [-2.0]], dtype=torch.float64)
+    close(lire.lire_grad(logps + c, rewards + c, mask, T), lire.lire_grad(logps, rewards, mask, T))
+    close(lire.lire_loss(logps + c, rewards, mask, T), lire.lire_loss(logps, rewards, mask, T))
+    close(lire.lire_loss(logps, rewards + c, mask, T), lire.lire_loss(logps, rewards, mask, T) - c[:, 0])
+
+
+def test_nothing_is_learnt_from_equal_rewards_or_a_single_candidate():
+    logps, rewards, mask = make_lists()
+    close(lire.lire_grad(logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7))
+    close(gradient(lire.lire_loss, logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7))
+    close(lire.lire_grad(logps, rewards, mask, T)[-1], [0.0] * 7)  # the last list has one candidate
+
+
+def test_order_of_the_candidates_does_not_matter():
+    logps, rewards, mask = make_lists()
+    p = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    close(lire.lire_loss(logps[:, p], rewards[:, p], mask[:, p], T), lire.lire_loss(logps, rewards, mask, T))
+    close(lire.lire_grad(logps[:, p], rewards[:, p], mask[:, p], T), lire.lire_grad(logps, rewards, mask, T)[:, p])
+
+
+def test_cold_lists_are_one_hot_and_teach_nothing():
+    s, r, mask = one_list(S, RAW)
+    close(lire.candidate_probs(s, mask, 0.01), [[1.0, 0.0, 0.0]])
+    close(lire.lire_grad(s, r, mask, 0.01), [[0.0, 0.0, 0.0]])
+
+
+def test_cold_gradient_grows_as_one_over_temperature_at_a_tie():
+    s, r, mask = one_list((-3.0, -3.0, -5.0), RAW)
+    for temperature in (0.1, 0.01):
+        close(temperature * lire.lire_grad(s, r, mask, temperature), [[-0.25, 0.25, 0.0]], 1e-6)  # -P (R - mean), P = 1/2
+
+
+def test_hot_lists_are_reinforce_with_the_mean_as_baseline():
+    logps, rewards, mask = make_lists()
+    hot = 1e8
+    reinforce = judged(lambda R: -(R - R.mean()) / len(R), mask, rewards)
+    close(hot * lire.lire_grad(logps, rewards, mask, hot), reinforce, 1e-6)
+
+
+def test_hot_lists_are_leave_one_out_reinforce_times_m_minus_1_over_m():
+    s, r, mask = one_list(S, RAW)
+    rloo = [-(RAW[j] - sum(RAW[m] for m in range(3) if m != j) / 2) / 3 for j in range(3)]
+    close(1e8 * lire.lire_grad(s, r, mask, 1e8), [[2 / 3 * g for g in rloo]], 1e-6)
+
+
+def test_the_minimum_puts_all_mass_on_the_best_candidate():
+    logps, rewards, mask = make_lists()
+    best = rewards.masked_fill(~mask, -math.inf).max(-1)
+    assert (lire.lire_loss(logps, rewards, mask, T) >= -best.values).all()
+    winner = torch.nn.functional.one_hot(best.indices, 7) * 1e3
+    close(lire.lire_loss(logps + winner, rewards, mask, T), -best.values)
+
+
+def test_with_softmax_rewards_the_loss_lies_between_minus_1_and_0():
+    logps, rewards, mask = make_lists()
+    loss = lire.lire_loss(logps, lire.transform_rewards(rewards, mask, "softmax"), mask, T)
+    assert (-1 < loss[:4]).all() and (loss[:4] < 0).all() and loss[4] == -1  # M = 1 gives -1
+    wide, R = (50 * make_lists(seed)[0].float() for seed in (1, 2))
+    loss = lire.lire_loss(wide, lire.transform_rewards(R, mask, "softmax"), mask, T)
+    assert (-1 <= loss).all() and (loss <= 0).all()  # float32 may round to either end
+
+
+def test_it_is_minimum_risk_training_with_alpha_1_over_temperature():
+    logps, rewards, mask = make_lists()
+    close(lire.lire_loss(logps, rewards, mask, T), judged(lambda s, R: oracle.mrt_risk(np.exp(s), -R, 1 / T), mask, logps, rewards))
+
+
+@pytest.mark.parametrize("tokens, largest", [(5, 0.50), (20, 0.70), (50, 0.81), (128, 0.88)])
+def test_sums_over_longer_responses_sharpen_the_list(tokens, largest):
+    sums = 1.45 * tokens**0.5 * torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    P = lire.candidate_probs(sums, torch.ones(20_000, 8, dtype=torch.bool), T)
+    assert abs(P.max(-1).values.mean().item() - largest) < 0.02
+
+
+# --------------------------------------------------------------------------------------------------- padding, shapes, dtypes
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_padded_slots_may_hold_anything(poison):
+    clean, bad = make_lists(padding=0.0), make_lists(padding=poison)
+    for how in ("softmax", "zscore", "none"):
+        assert torch.equal(lire.transform_rewards(*bad[1:], how), lire.transform_rewards(*clean[1:], how))
+    for function in (lire.lire_loss, lire.lire_grad, lambda *a: gradient(lire.lire_loss, *a)):
+        assert torch.equal(function(*bad, T), function(*clean, T))
+    assert (gradient(lire.lire_loss, *bad, T)[~bad[2]] == 0).all()
+    assert (lire.candidate_probs(bad[0], bad[2], T)[~bad[2]] == 0).all()
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_padded_slots_of_the_sft_term_may_hold_anything(poison):
+    logps, rewards, mask = make_lists(padding=poison)
+    lengths = torch.full((5, 7), 3.0).masked_fill(~mask, 0 if math.isnan(poison) else poison)
+    clean, clean_rewards, _ = make_lists()
+    assert torch.equal(lire.sft_loss(logps, lengths, rewards, mask), lire.sft_loss(clean, torch.full((5, 7), 3.0), clean_rewards, mask))
+    assert (gradient(lire.sft_loss, logps, lengths, rewards, mask)[~mask] == 0).all()
+
+
+def test_a_ragged_list_scores_as_it_does_alone():
+    logps, rewards, mask = make_lists()
+    for i, M in enumerate(LENGTHS_OF_LISTS):
+        alone = logps[i : i + 1, :M], rewards[i : i + 1, :M], mask[i : i + 1, :M]
+        close(lire.lire_loss(*alone, T), lire.lire_loss(logps, rewards, mask, T)[i : i + 1])
+        for how in ("softmax", "zscore", "none"):
+            close(lire.transform_rewards(*alone[1:], how), lire.transform_rewards(rewards, mask, how)[i : i + 1, :M])
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    logps, rewards, mask = make_lists()
+    for wrong in (rewards[:, :1], rewards[:1], rewards[0], rewards.T, rewards[..., None]):
+        for call in (lambda w: lire.lire_loss(logps, w, mask, T), lambda w: lire.lire_loss(w, rewards, mask, T),
+                     lambda w: lire.lire_grad(logps, w, mask, T), lambda w: lire.lire_loss(logps, rewards, w > 0, T),
+                     lambda w: lire.candidate_probs(w, mask, T), lambda w: lire.transform_rewards(w, mask, "none"),
+                     lambda w: lire.sft_loss(logps, w, rewards, mask), lambda w: lire.sft_loss(logps, rewards, w, mask)):
+            with pytest.raises(ValueError, match="one shape"):
+                call(wrong)
+    with pytest.raises(ValueError):
+        lire.lire_loss(logps[0], rewards[0], mask[0], T)  # [M] without a batch
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        lire.lire_loss(*make_lists(), temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    logps, rewards, mask = make_lists()
+    logps, rewards = logps.to(dtype), rewards.to(dtype)
+    loss = lire.lire_loss(logps, rewards, mask, T)
+    assert loss.dtype == torch.float32 and torch.equal(loss, lire.lire_loss(logps.float(), rewards.float(), mask, T))
+    assert gradient(lire.lire_loss, logps, rewards, mask, T).dtype == dtype
+
+
+@pytest.mark.parametrize("how", ["softmax", "zscore"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rewards_are_transformed_in_float32(dtype, how):
+    rewards, mask = torch.tensor([[300.0, -300.0, 100.0], [0.5, 0.25, -1.0]]).to(dtype), torch.ones(2, 3, dtype=torch.bool)
+    close(lire.transform_rewards(rewards, mask, how).double(), lire.transform_rewards(rewards.double(), mask, how), 1e-6)
+
+
+def test_float64_stays_float64():
+    logps, rewards, mask = make_lists()
+    assert lire.lire_loss(logps, rewards, mask, T).dtype == lire.lire_grad(logps, rewards, mask, T).dtype == torch.float64
+    assert lire.transform_rewards(rewards, mask, "zscore").dtype == torch.float64
+
+
+def test_inputs_are_not_written_to():
+    logps, rewards, mask = make_lists()
+    lire.lire_loss(logps, rewards, mask, T), lire.sft_loss(logps, -logps, rewards, mask)
+    [lire.transform_rewards(rewards, mask, how) for how in ("softmax", "zscore", "none")]
+    assert all(torch.equal(a, b) for a, b in zip((logps, rewards, mask), make_lists()))
+
+
+# --------------------------------------------------------------------------------------------------- rewards and the SFT term
+
+
+def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
+    r, mask = one_list((1.0, 4.0, 7.0))
+    close(lire.transform_rewards(r, mask, "zscore"), [[-math.sqrt(3 / 2), 0.0, math.sqrt(3 / 2)]])
+
+
+@pytest.mark.parametrize("M", [1, 3, 7, 11])
+@pytest.mark.parametrize("value", [0.0, 0.1, -2.7, 1e6])
+def test_zscore_of_equal_rewards_is_0(value, M):
+    close(lire.transform_rewards(torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"), torch.zeros(1, M))
+
+
+def test_softmax_rewards_ignore_a_shift_and_survive_large_numbers():
+    r, mask = one_list(RAW)
+    close(lire.transform_rewards(r + 1e4, mask, "softmax"), lire.transform_rewards(r, mask, "softmax"))
+
+
+def test_an_unknown_reward_transform_is_refused():
+    with pytest.raises(ValueError, match="ranks"):
+        lire.transform_rewards(*one_list(RAW), "ranks")
+
+
+def test_sft_loss_is_the_mean_per_token_of_the_best_response():
+    logps, rewards, mask = make_lists(seed=6)
+    lengths = torch.arange(2, 37).view(5, 7)
+    close(lire.sft_loss(logps, lengths, rewards, mask), judged(oracle.sft_loss, mask, logps, lengths, rewards))
+    s, r, mask = one_list((-6.0, -10.0, -4.0), (0.0, 1.0, -1.0))
+    close(lire.sft_loss(s, torch.tensor([[2, 5, 3]]), r, mask), [10 / 5])
+
+
+def test_sft_loss_takes_the_first_of_equally_good_responses():
+    s, r, mask = one_list((-6.0, -10.0, -4.0), (0.0, 1.0, 1.0))
+    lengths = torch.tensor([[2, 5, 3]])
+    close(lire.sft_loss(s, lengths, r, mask), [10 / 5])
+    close(gradient(lire.sft_loss, s, lengths, r, mask), [[0.0, -1 / 5, 0.0]])
+
+
+# -------------------------------------------------------------------------------------------------------- self-enhancement
+
+
+def run_self_enhancement(evolve, iterate):
+    """Events in the order in which they happen; a sample carries the number of training passes its policy has seen."""
+    events, passes = [], 0
+
+    def sample(e):
+        events.append(f"sample {e}")
+        return [[f"a{passes}"], [f"b{passes}"]]
+
+    def score(lists):
+        events.append("score")
+        return lists
+
+    start = [["chosen", "rejected"], ["own"]]
+    for e, i, pool in lire.self_enhance(sample, score, evolve, iterate, start):
+        passes += 1
+        events.append((e, i, pool))
+    assert start == [["chosen", "rejected"], ["own"]]
+    return events
+
+
+def test_each_round_samples_the_current_policy_scores_once_and_trains_on_a_fixed_pool():
+    first, second = [["chosen", "rejected", "a0"], ["own", "b0"]], [["chosen", "rejected", "a2"], ["own", "b2"]]
+    assert run_self_enhancement(evolve=2, iterate=2) == [
+        "sample 0", "score", (0, 0, first), (0, 1, first), "sample 1", "score", (1, 0, second), (1, 1, second)]
+
+
+def test_without_evolve_steps_it_trains_on_the_datasets_own_responses():
+    own = [["chosen", "rejected"], ["own"]]
+    assert run_self_enhancement(evolve=0, iterate=2) == ["score", (0, 0, own), (0, 1, own)]
+
+
+# -------------------------------------------------------------------------------------------- the tests above are able to fail
+
+
+def disagreement(loss):
+    """Largest distance of a loss, in value or gradient, from the oracle (gradients by its finite differences)."""
+    logps, rewards, mask = make_lists(seed=7)
+    value = judged(lambda s, R: oracle.lire_loss(s, R, T), mask, logps, rewards)
+    slope = judged(lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s), mask, logps, rewards)
+    told = loss(logps, rewards, mask, T).broadcast_to(value.shape)
+    return max((told - value).abs().max().item(), (gradient(loss, logps, rewards, mask, T) - slope).abs().max().item())
+
+
+def softmax(x, mask, dim=-1):
+    return torch.where(mask, x.masked_fill(~mask, -torch.inf).softmax(dim), 0.0)
+
+
+def with_gradient(wrong):
+    """The right value with the gradient of `wrong`."""
+    return lambda s, R, m, T: wrong(s, R, m, T) + (lire.lire_loss(s, R, m, T) - wrong(s, R, m, T)).detach()
+
+
+def reward_weighted(baseline):
+    """A surrogate whose gradient is -(1/T) P_j (R_j - baseline)."""
+    return with_gradient(lambda s, R, m, T: -(softmax(s / T, m).detach() * (R - baseline(s, R, m)) * s / T * m).sum(-1))
+
+
+WRONG = {
+    "mean for sum": lambda s, R, m, T: lire.lire_loss(s, R, m, T) / m.sum(-1),
+    "divided by the padded M": lambda s, R, m, T: lire.lire_loss(s, R, m, T) / m.shape[-1],
+    "summed over the batch": lambda s, R, m, T: lire.lire_loss(s, R, m, T).sum(),
+    "swapped sign": lambda s, R, m, T: -lire.lire_loss(s, R, m, T),
+    "swapped sign in the gradient alone": with_gradient(lambda s, R, m, T: -lire.lire_loss(s, R, m, T)),
+    "swapped sign of the scores": lambda s, R, m, T: lire.lire_loss(-s, R, m, T),
+    "times temperature instead of divided": lambda s, R, m, T: lire.lire_loss(s, R, m, 1 / T),
+    "no temperature": lambda s, R, m, T: lire.lire_loss(s, R, m, 1.0),
+    "temperature after the softmax": lambda s, R, m, T: -(softmax(s, m) / T * R).sum(-1),
+    "gradient without 1/T": with_gradient(lambda s, R, m, T: T * lire.lire_loss(s, R, m, T)),
+    "missing mask": lambda s, R, m, T: -((s / T).softmax(-1) * R).sum(-1),
+    "padded slot counted in the normaliser": lambda s, R, m, T: -((s / T).softmax(-1) * R * m).sum(-1),
+    "padded log-probs set to 0": lambda s, R, m, T: -((s * m / T).softmax(-1) * R * m).sum(-1),
+    "un-normalised softmax": lambda s, R, m, T: -((s / T).exp() * m * R).sum(-1),
+    "softmax over the batch axis": lambda s, R, m, T: -(softmax(s / T, m, dim=0) * R).sum(-1),
+    "one softmax over the whole batch": lambda s, R, m, T: -(softmax((s / T).flatten(), m.flatten()).view_as(s) * R).sum(-1),
+    "log P for P": lambda s, R, m, T: -(softmax(s / T, m).clamp_min(1e-9).log() * R * m).sum(-1),
+    "softmax of log-softmax twice": lambda s, R, m, T: -(softmax(softmax(s / T, m), m) * R).sum(-1),
+    "likelihood of the best response": lambda s, R, m, T: -softmax(s / T, m).gather(-1, R.masked_fill(~m, -9).argmax(-1, True)).squeeze(-1),
+    "rewards softmaxed unasked": lambda s, R, m, T: -(softmax(s / T, m) * softmax(R, m)).sum(-1),
+    "rewards and scores exchanged": lambda s, R, m, T: lire.lire_loss(R, s, m, T),
+    "rewards of the next list": lambda s, R, m, T: lire.lire_loss(s, R.roll(1, 0), m, T),
+    "no gradient": lambda s, R, m, T: lire.lire_loss(s.detach(), R, m, T) + 0 * s.sum(),
+    "gradient without a baseline": reward_weighted(lambda s, R, m: 0.0),
+    "plain mean as the baseline": reward_weighted(lambda s, R, m: (R * m).sum(-1, True) / m.sum(-1, True)),
+}
+
+
+def test_the_right_loss_agrees_with_the_oracle():
+    assert disagreement(lire.lire_loss) < 1e-8
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_loss_is_caught(name):
+    assert disagreement(WRONG[name]) > 1e-2
