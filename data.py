@@ -150,12 +150,11 @@ def dialogue(rng) -> Task:
     return Task("dialogue", prompts, logged, reward, max_response=32)
 
 
-THINGS = ("fair market concert race parade circus dance feast auction museum castle harbour garden library theatre bakery "
-          "school bridge forest zoo river station tower church").split()
+THINGS = "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge zoo tower".split()
 FACTS = ["There is a {}.", "We saw the {}.", "They have a {}.", "I liked the {}."]
 DENIALS = ["There is no {}.", "We missed the {}.", "They closed the {}."]
-NOISE = ["I hope this makes sense.", "Sorry for the long post.", "Thanks for reading.", "It may rain again."]
-FILLER = ["basically", "anyway", "thanks for reading", "sorry for the long post"]
+NOISE = ["Sorry for the long post.", "It may rain again.", "Thanks for reading."]
+FILLER = ["basically", "anyway", "thanks for reading"]
 
 
 def summary(rng) -> Task:
@@ -181,11 +180,11 @@ def summary(rng) -> Task:
         return round(p["covered"] - p["invented"] - 0.1 * p["words"], 6)
 
     def post(rng, places):
-        things = rng.sample(THINGS, 7)
-        n, denied = rng.randint(3, 5), rng.randint(0, 2)
+        things = rng.sample(THINGS, 5)
+        n, denied = rng.randint(3, 4), rng.randint(0, 1)
         sentences = [rng.choice(FACTS).format(t) for t in things[:n]]
         sentences += [rng.choice(DENIALS).format(t) for t in things[n : n + denied]]
-        sentences += rng.sample(NOISE, rng.randint(1, 2))
+        sentences.append(rng.choice(NOISE))
         rng.shuffle(sentences)
         return " ".join([f"We went to {rng.choice(places)}.", *sentences, "TL;DR:"])
 
@@ -196,7 +195,7 @@ def summary(rng) -> Task:
         return f"{rng.choice(OLD_PLACES) if rng.random() < 1 / 24 else place}: " + ", ".join(claims) + "."
 
     world = random.Random(0)  # the posts are the same in every run
-    splits = {"train": (OLD_PLACES, 1500), "heldout": (OLD_PLACES, 300), "ood": (NEW_PLACES, 300)}
+    splits = {"train": (OLD_PLACES, 3000), "heldout": (OLD_PLACES, 300), "ood": (NEW_PLACES, 300)}
     prompts = {split: [post(world, places) for _ in range(n)] for split, (places, n) in splits.items()}
     logged = []
     for prompt in prompts["train"]:
@@ -206,18 +205,20 @@ def summary(rng) -> Task:
 
 
 WORDS = "calm deep cold wide loud dark old wild".split()
-FITS = {  # thing -> the three words that fit it
-    "sea": "deep wide wild", "lake": "calm deep cold", "river": "wide loud cold", "storm": "loud dark wild",
-    "cave": "deep dark cold", "forest": "dark old wild", "desert": "calm wide wild", "castle": "old cold dark",
-    "ocean": "deep wide wild", "mine": "deep dark cold",
-}
-ASK = ["What is the {} like?", "Describe the {}.", "How is the {}?"]
+FITS = {}  # thing -> the three words that fit it
+for fits, things in {
+    "deep wide wild": "sea ocean bay", "calm deep cold": "lake pond well", "wide loud cold": "river stream fall", "loud dark wild": "storm night beast",
+    "deep dark cold": "cave mine cellar", "dark old wild": "forest jungle wood", "calm wide wild": "desert plain moor", "old cold dark": "castle tomb ruin",
+}.items():
+    FITS |= {thing: fits for thing in things.split()}
+ASK = ["What is the {} like?", "Describe the {}.", "How is the {}?", "Tell me of the {}."]
+NEW_THINGS = ["bay", "well", "tomb", "moor"]
 
 
 def tiny(rng) -> Task:
     """A question answered by 1 to 3 words of 8: all 8 + 64 + 512 = 584 responses of a prompt can be enumerated.
 
-    reward = 1 for each word that fits the thing (once), -0.5 for every other word. Ocean and mine are never trained on.
+    reward = 1 for each word that fits the thing (once), -0.5 for every other word. NEW_THINGS are never trained on.
     """
 
     def reward(prompt, response):
@@ -225,14 +226,17 @@ def tiny(rng) -> Task:
         fitting = len(set(words) & set(fits))
         return fitting - 0.5 * (len(words) - fitting)
 
-    things = list(FITS)
-    prompts = {"train": [ASK[k].format(t) for t in things[:8] for k in (0, 1)],
-               "heldout": [ASK[2].format(t) for t in things[:8]], "ood": [ASK[2].format(t) for t in things[8:]]}
-    logged = []
-    for prompt in prompts["train"]:
-        fits = FITS[re.search(r"the (\w+)", prompt)[1]].split()
-        texts = [" ".join(rng.choice(fits if rng.random() < 0.2 else WORDS) for _ in range(rng.randint(1, 3))) for _ in range(64)]
-        logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
+    prompts, logged = {"train": [], "heldout": [], "ood": []}, []
+    for i, (thing, fits) in enumerate(FITS.items()):
+        *train, heldout = [ASK[(i + k) % 4].format(thing) for k in range(4)]
+        if thing in NEW_THINGS:
+            prompts["ood"].append(heldout)
+            continue
+        prompts["train"] += train
+        prompts["heldout"].append(heldout)
+        for prompt in train * 4:
+            texts = [" ".join(rng.choice(fits.split() if rng.random() < 0.2 else WORDS) for _ in range(rng.randint(1, 3))) for _ in range(8)]
+            logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
     return Task("tiny", prompts, logged, reward, max_response=4, words=WORDS)
 
 

@@ -450,7 +450,7 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     reference_rewards, policy_rewards = rewards
     wins = policy_rewards[:, :, None] - reference_rewards[:, None, :]
     kl, groups = kls.mean().item(), reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None
-    usable = kl >= 0.05 and f.effective_sample_size >= 20 and math.isfinite(f.efficiency)
+    usable = kl >= 0.05 and (f.effective_sample_size >= 20 or bool(world.task.words)) and math.isfinite(f.efficiency)
     # How far the best achievable differs from prompt to prompt: V* at tau 1 in units of the reference's reward deviation
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
     values = dro.optimal_value(log_b, pool_rewards, deviation.item())
@@ -481,36 +481,45 @@ def enumerate_tiny(world: World) -> list[list[int]]:
     return [ids + [world.enc.eot_token] for ids in lists]
 
 
-def evaluate_lists(c: Config, world: World, policy, reference) -> dict:
-    """Does the model's score find the better response of a held-out list? Beside it: the longest response.
+def evaluate_lists(c: Config, world: World, policy, reference) -> list[dict]:
+    """Scores of every held-out list (two responses or more), a row each: does a score find the better response?
 
-    For each score (sum of token log-probs, mean per token, log-ratio to the reference): the reward of the top-scored response
-    and the share of pairs (unlike rewards) that are ordered rightly, a tie of scores counting 1/2.
+    The scores: sum of token log-probs, mean per token, log-ratio to the reference, and, beside them, the length in characters.
     """
     examples = [e for e in world.heldout if len(e.response_ids) > 1]
     if not examples:
         raise data.DataError("the held-out lists have a single response each, expected some with two or more")
-    logps, ref_logps = score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)
-    lengths = [[len(ids) for ids in e.response_ids] for e in examples]
-    per_list = lambda f: [[f(i, j) for j in range(len(e.response_ids))] for i, e in enumerate(examples)]  # noqa: E731
-    scores = {
-        "policy_sum": logps, "policy_mean": per_list(lambda i, j: logps[i][j] / lengths[i][j]),
-        "policy_ratio": per_list(lambda i, j: logps[i][j] - ref_logps[i][j]),
-        "reference_sum": ref_logps, "reference_mean": per_list(lambda i, j: ref_logps[i][j] / lengths[i][j]),
-        "longest": per_list(lambda i, j: len(text_of(world, examples[i].response_ids[j]))),
-    }
-    rewards = [e.rewards for e in examples]
-    m = {"mean_reward": sum(sum(r) / len(r) for r in rewards) / len(rewards), "best_reward": sum(map(max, rewards)) / len(rewards)}
-    for name, lists in scores.items():
-        top, right, pairs = 0.0, 0.0, 0
-        for s, r in zip(lists, rewards):
-            top += r[max(range(len(s)), key=s.__getitem__)]
-            for i in range(len(s)):
-                for j in range(i):
-                    if r[i] != r[j]:
-                        right += 0.5 if s[i] == s[j] else (s[i] > s[j]) == (r[i] > r[j])
-                        pairs += 1
-        m[f"top1_reward_{name}"], m[f"pair_accuracy_{name}"] = top / len(rewards), right / pairs if pairs else None
+    rows = []
+    for e, policy_logps, ref_logps in zip(examples, score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)):
+        lengths = [len(ids) for ids in e.response_ids]
+        rows.append({
+            "prompt": e.prompt, "rewards": e.rewards,
+            "policy_sum": policy_logps, "policy_mean": [s / n for s, n in zip(policy_logps, lengths)],
+            "policy_ratio": [s - r for s, r in zip(policy_logps, ref_logps)],
+            "reference_sum": ref_logps, "reference_mean": [s / n for s, n in zip(ref_logps, lengths)],
+            "longest": [len(text_of(world, ids)) for ids in e.response_ids],
+        })
+    return rows
+
+
+def list_outcome(scores, rewards) -> tuple[float, float, int]:
+    """Of one list: the reward of the top-scored response, pairs ordered rightly (a tie of scores counts 1/2), pairs of unlike rewards.
+
+    >>> list_outcome([0.3, 0.1, 0.2], [5.0, 1.0, 1.0])
+    (5.0, 2.0, 2)
+    """
+    pairs = [(i, j) for i in range(len(rewards)) for j in range(i) if rewards[i] != rewards[j]]
+    right = sum(0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (rewards[i] > rewards[j])) for i, j in pairs)
+    return rewards[max(range(len(scores)), key=scores.__getitem__)], right, len(pairs)
+
+
+def list_metrics(rows: list[dict]) -> dict:
+    """top1_reward and pair_accuracy of every score over rows of `evaluate_lists`; mean_reward and best_reward are the range."""
+    rewards = [row["rewards"] for row in rows]
+    m = {"mean_reward": sum(sum(r) / len(r) for r in rewards) / len(rows), "best_reward": sum(map(max, rewards)) / len(rows)}
+    for name in list(rows[0])[2:]:
+        top, right, pairs = map(sum, zip(*(list_outcome(row[name], row["rewards"]) for row in rows)))
+        m[f"top1_reward_{name}"], m[f"pair_accuracy_{name}"] = top / len(rows), right / pairs if pairs else None
     m["longer_accuracy"] = m.pop("pair_accuracy_longest")
     return m
 
@@ -794,7 +803,9 @@ def main(config: Config) -> dict:
         metrics, answers = evaluate_task(c, world, policy, reference, heldout, "heldout")
         metrics |= {f"ood_{k}": v for k, v in evaluate_task(c, world, policy, reference, choose(world.ood), "ood")[0].items()}
     else:
-        metrics = evaluate_lists(c, world, policy, reference)
+        rows = evaluate_lists(c, world, policy, reference)
+        save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
+        metrics = list_metrics(rows)
         lists, ratios = sampled_kl(c, world, policy, reference, heldout, 8, "final")
         base = sample_lists(c, world, reference, heldout, 8, rng(c.seed, "final", device=c.device))
         answers = list(zip(heldout, lists, base))

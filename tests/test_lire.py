@@ -367,7 +367,7 @@ def with_gradient(wrong):
 
 def reward_weighted(baseline):
     """A surrogate whose gradient is -(1/T) P_j (R_j - baseline)."""
-    return with_gradient(lambda s, R, m, T: -(softmax(s / T, m).detach() * (R - baseline(s, R, m)) * s / T * m).sum(-1))
+    return with_gradient(lambda s, R, m, T: -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1))
 
 
 WRONG = {
@@ -388,7 +388,7 @@ WRONG = {
     "softmax over the batch axis": lambda s, R, m, T: -(softmax(s / T, m, dim=0) * R).sum(-1),
     "one softmax over the whole batch": lambda s, R, m, T: -(softmax((s / T).flatten(), m.flatten()).view_as(s) * R).sum(-1),
     "log P for P": lambda s, R, m, T: -(softmax(s / T, m).clamp_min(1e-9).log() * R * m).sum(-1),
-    "softmax of log-softmax twice": lambda s, R, m, T: -(softmax(softmax(s / T, m), m) * R).sum(-1),
+    "softmax taken twice": lambda s, R, m, T: -(softmax(softmax(s / T, m), m) * R).sum(-1),
     "likelihood of the best response": lambda s, R, m, T: -softmax(s / T, m).gather(-1, R.masked_fill(~m, -9).argmax(-1, True)).squeeze(-1),
     "rewards softmaxed unasked": lambda s, R, m, T: -(softmax(s / T, m) * softmax(R, m)).sum(-1),
     "rewards and scores exchanged": lambda s, R, m, T: lire.lire_loss(R, s, m, T),
@@ -401,6 +401,7 @@ WRONG = {
 
 def test_the_right_loss_agrees_with_the_oracle():
     assert disagreement(lire.lire_loss) < 1e-8
+    assert disagreement(reward_weighted(lambda s, R, m: (softmax(s / T, m) * R).sum(-1, True))) < 1e-8
 
 
 @pytest.mark.parametrize("name", WRONG)
