@@ -424,23 +424,25 @@ def batch_metrics(c: Config, logps, batch) -> dict:
 # ------------------------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str) -> tuple[dict, list]:
+def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str, enumerated=None) -> tuple[dict, list]:
     """Policy against reference, best of 8 and the optimum at the same KL, on `examples` (prompts never trained on).
+
+    The optimum is taken over all responses where they can be enumerated (tiny), else over the samples drawn here.
 
     Returns: the metrics, and for each prompt (prompt, policy responses, reference responses) as token ids.
     """
-    n = c.eval_samples
+    n, enumerated = c.eval_samples, bool(world.task.words) if enumerated is None else enumerated
     drawn = [sample_lists(c, world, m, examples, n, rng(c.seed, "evaluate", tag, who, device=c.device))
              for who, m in (("reference", reference), ("policy", policy))]
     rewards = [torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)], dtype=torch.float64) for lists in drawn]
-    if world.task.words:  # the whole response space, enumerated
+    if enumerated:
         both = [enumerate_tiny(world)] * len(examples)
         pool_rewards = torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, both)], dtype=torch.float64)
     else:
         both, pool_rewards = [r + p for r, p in zip(*drawn)], torch.cat(rewards, 1)
     pool = [dataclasses.replace(e, response_ids=ys, rewards=[0.0] * len(ys), ref_logps=None) for e, ys in zip(examples, both)]
     ref_logps, logps = (torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64) for m in (reference, policy))
-    if world.task.words:
+    if enumerated:
         log_b, log_w = ref_logps, logps
         kls = dro.kl_divergence(logps, ref_logps)
     else:
@@ -450,7 +452,7 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     reference_rewards, policy_rewards = rewards
     wins = policy_rewards[:, :, None] - reference_rewards[:, None, :]
     kl, groups = kls.mean().item(), reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None
-    usable = kl >= 0.05 and (f.effective_sample_size >= 20 or bool(world.task.words)) and math.isfinite(f.efficiency)
+    usable = kl >= 0.05 and (enumerated or f.effective_sample_size >= 20) and math.isfinite(f.efficiency)
     # How far the best achievable differs from prompt to prompt: V* at tau 1 in units of the reference's reward deviation
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
     values = dro.optimal_value(log_b, pool_rewards, deviation.item())
@@ -594,14 +596,24 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
     save("".join(json.dumps(row) + "\n" for row in log), out / "log.jsonl")
     examples = world.train or world.logged
     start = [[]] * len(examples) if world.task else [e.response_ids for e in examples]
+    passes = max(c.evolve, 1) * c.iterate
+    ends = [round(k * c.steps / passes) for k in range(passes + 1)]  # pass k is the steps from ends[k] to ends[k + 1]
 
     def sample(e):
-        """M responses a prompt from the policy as it is now; those of the checkpoint where the run goes on inside round e."""
+        """M responses from the policy as it is now to each prompt that this round will visit; none to the others.
+
+        Where the run goes on inside round e, those of the checkpoint.
+        """
         nonlocal generated, round_
         if checkpoint and e < checkpoint["evolve"]:
             return [[]] * len(examples)  # a round that is over
         if not (checkpoint and e == checkpoint["evolve"] and checkpoint["step"]):
-            generated, round_ = sample_lists(c, world, policy, examples, c.candidates, rng(c.seed, "pool", e, device=c.device), c.sample_temperature), e
+            visits = (ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size
+            chosen = sorted(torch.randperm(len(examples), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
+            drawn = sample_lists(c, world, policy, [examples[i] for i in chosen], c.candidates, rng(c.seed, "pool", e, device=c.device), c.sample_temperature)
+            generated, round_ = [[]] * len(examples), e
+            for i, lists in zip(chosen, drawn):
+                generated[i] = lists
         return generated
 
     def score(lists):
@@ -626,8 +638,6 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
         save({"step": step, "config": run_settings(c), "parts": parts, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
               "evolve": round_, "generated": generated, "statistics": statistics}, out / "checkpoint.pt")
 
-    passes = max(c.evolve, 1) * c.iterate
-    ends = [round(k * c.steps / passes) for k in range(passes + 1)]
     progress, latest, began = Progress(c.objective, c.steps, done), {}, time.time()
     with interruptible() as interrupted, open(out / "log.jsonl", "a") as log_file:
         for e, i, pool in lire.self_enhance(sample, score, c.evolve, c.iterate, start):
@@ -662,7 +672,7 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
                 progress.show(step, "  ".join([f"loss {loss.item():.4f}", *(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))]), due)
                 if interrupted:
                     checkpoint_now(step)
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"saved after step {step}; `python train.py --resume {out}` goes on")
             seconds["train"] += time.time() - began
             began = time.time()
     if not done and not c.steps:
@@ -848,12 +858,9 @@ def command_line(argv=None) -> Config:
 
 
 if __name__ == "__main__":
-    config = None
     try:
-        config = command_line()
-        main(config)
+        main(command_line())
     except (ConfigError, data.DataError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        run = Path(resolve(config).out) if config and config.out else None
-        sys.exit("\ninterrupted: go on with `python train.py --resume RUN` (RUN is the folder in out/ named above), or run the same command again")
+    except KeyboardInterrupt as e:
+        sys.exit(f"\ninterrupted: {e or 'no step was made yet; the same command starts over (a finished reference is kept)'}")

@@ -182,8 +182,9 @@ def test_every_truncation_or_corruption_of_a_gz_file_ends_in_one_line(tmp_path):
         assert error(path).startswith(f"{path}:1: ")
     path.write_bytes(json.dumps(GOOD).encode())
     assert error(path).startswith(f"{path}:1: ")
-    path.write_bytes(whole[:20] + bytes(b ^ 255 for b in whole[20:40]) + whole[40:])
-    assert re.match(rf"{re.escape(str(path))}:\d+: ", error(path))
+    for n in range(whole.index(b"\0", 10) + 1, len(whole)):  # a wrong byte after the header and the file name in it
+        path.write_bytes(whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :])
+        assert re.match(rf"{re.escape(str(path))}:\d+: ", error(path))
 
 
 json_value = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
@@ -259,7 +260,7 @@ def joined(ids):
 BPE_TEXTS = {
     "ties": ["ab cd ab cd dc ba dc ba", "zy xw"],
     "runs of one letter": ["aaaa aaaaa aaaaaaa aa aaa", "bbbaaabbb"],
-    "the same token from two pairs": ["abc abc bc bc bc ab ab ab xabc aabc abcc"],
+    "pairs that overlap": ["abc abc bc bc bc ab ab ab xabc aabc abcc"],
     "no pair twice": ["abcdefg"],
     "nothing": [""],
     "punctuation, numbers and white space": ["Wait... what?!  12 + 34 = 46\n\n\tdef f(x):\n        return x_1 + x_2\n" * 3],
@@ -359,7 +360,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_e
 def make_examples(ref_logps=False):
     """Two lists, S = 7, M = 3, R = 5; id 11 is EOS."""
     lists = [data.Example("a", [1, 2, 3, 4, 5, 6, 7], [[1, 2, 3, 4, 11], [5, 11], [11]], [0.5, -1.0, 2.0]),
-             data.Example("b", [8, 9, 10], [[6, 7, 8, 11], [1, 2, 3, 4, 5]], [3.0, 0.25])]
+             data.Example("b", [8, 9, 10], [[6, 7, 8, 11], [1, 2, 3, 4, 5]], [3.0, 0.0])]
     if ref_logps:
         lists[0].ref_logps, lists[1].ref_logps = [-1.0, -2.0, -3.0], [-4.0, -5.0]
     return lists
@@ -371,7 +372,7 @@ def test_a_batch_holds_every_token_under_its_mask_and_eos_elsewhere():
     assert b.prompt_ids.shape == b.prompt_mask.shape == (2, 7) and b.response_ids.shape == b.response_mask.shape == (2, 3, 5)
     assert b.prompt_mask.sum(-1).tolist() == [7, 3] and b.response_mask.sum(-1).tolist() == [[5, 2, 1], [4, 5, 0]]
     assert b.candidate_mask.tolist() == [[True, True, True], [True, True, False]]
-    assert b.rewards.tolist() == [[0.5, -1.0, 2.0], [3.0, 0.25, 0.0]] and b.ref_logps is None
+    assert b.rewards.tolist() == [[0.5, -1.0, 2.0], [3.0, 0.0, 0.0]] and b.ref_logps is None
     for i, e in enumerate(examples):
         assert b.prompt_ids[i][b.prompt_mask[i]].tolist() == e.prompt_ids
         for j, ids in enumerate(e.response_ids):
@@ -437,7 +438,7 @@ def test_new_subjects_stand_in_no_training_prompt_and_no_logged_response(task):
 
 
 def test_logged_lists_answer_the_training_prompts_with_their_true_rewards(task):
-    assert [r["prompt"] for r in task.logged] == task.prompts["train"]
+    assert {r["prompt"] for r in task.logged} == set(task.prompts["train"])
     for r in task.logged[::7]:
         assert r["rewards"] == [task.reward(r["prompt"], t) for t in r["responses"]]
 
@@ -531,7 +532,7 @@ POST = "We went to Ashford. There is a fair. We missed the zoo. We saw the marke
     ("Ashford: fair, fair.", 1 - 0.1 * 3),  # a fact counts once
     ("Ashford: castle, castle.", -2 - 0.1 * 3),  # an invention each time
     ("Ashford: fair, anyway, basically.", 1 - 0.1 * 4),  # fillers cost their length
-    ("Ashford: fair, sorry for the long post.", 1 - 0.1 * 7),
+    ("Ashford: fair, thanks for reading.", 1 - 0.1 * 5),
     ("Ashford: Fair, fair market.", -2 - 0.1 * 4),
     ("Ashby: fair, market.", -2 - 0.1 * 3),  # wrong place
     ("Ashby: anyway.", -0.1 * 2),

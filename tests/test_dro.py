@@ -100,8 +100,8 @@ def test_small_tau_is_greedy_and_large_tau_is_the_reference():
 
 
 def test_greedy_shares_the_mass_of_equally_good_responses_as_the_reference_does():
-    ref_logps, rewards = tensors(r=(0.0, 1.0, 1.0))
-    close(dro.greedy_logps(ref_logps, rewards).exp(), [[0.0, 0.3 / 0.5, 0.2 / 0.5]])
+    ref_logps, rewards = torch.tensor([REF, REF]).log(), torch.tensor([[0.0, 1.0, 1.0], [-3.0, -5.0, -3.0]])
+    close(dro.greedy_logps(ref_logps, rewards).exp(), [[0.0, 0.3 / 0.5, 0.2 / 0.5], [0.5 / 0.7, 0.0, 0.2 / 0.7]], 1e-6)
 
 
 def test_a_response_impossible_under_the_reference_stays_impossible():

@@ -282,7 +282,7 @@ def chi_square(lists, probs):
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
-@pytest.mark.parametrize("push, leaving", [(0.0, [False, False]), (1.5, [True, True])])
+@pytest.mark.parametrize("push, leaving", [(0.0, [False, False]), (2.0, [True, True])])
 def test_samples_follow_the_scores(push, leaving):
     """Chi-square over all 85 responses (84 degrees of freedom: mean 84, deviation 13).
 

@@ -1,0 +1,71 @@
+"""Answers of a run's policy and reference, side by side:
+
+    python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford soup?" -n 5
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+import train
+
+
+def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1.0) -> str:
+    """n answers of reference and policy each to a prompt, with rewards where the run's task can score them.
+
+    Raises: ConfigError where `run` is not the folder of a run, or the prompt is empty or too long for its model.
+    """
+    folder = Path(run)
+    if not (folder / "checkpoint.pt").exists():
+        raise train.ConfigError(f"{run}: no checkpoint.pt in it, expected the folder of a run, such as out/lire-dialogue-0")
+    c = train.Config(**json.loads((folder / "config.json").read_text()))
+    c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
+    enc = data.encoding(data.load_ranks(folder / "tokenizer.txt")) if c.tokenizer == "bpe" else data.gpt2_encoding()
+    task = None if c.data else data.make_task(c.task, random.Random(c.seed))
+    allowed = data.allowed_tokens(task, enc) if task else None
+    world = train.World(
+        enc=enc, ranks=None, task=task if task and knows(task, prompt) else None, logged=[], heldout=[], ood=[], train=[], fingerprint="",
+        allowed=None if allowed is None else allowed.to(c.device), max_response=min(c.max_response, task.max_response) if task else c.max_response,
+    )
+    ids = enc.encode_ordinary(prompt)
+    if not ids or len(ids) > c.max_prompt:
+        raise train.ConfigError(f"--prompt has {len(ids)} tokens, expected 1 to {c.max_prompt}")
+    example = data.Example(prompt, ids, [], [])
+    lists = {}
+    for who, file in (("policy", "checkpoint.pt"), ("reference", "reference.pt")):
+        state = torch.load(folder / file, map_location=c.device, weights_only=True)
+        model = train.new_model(c, world).eval()
+        model.load_state_dict(state["policy"] if who == "policy" else state)
+        lists[who] = train.sample_lists(c, world, model, [example], n, train.rng(seed, "sample", device=c.device), temperature)[0]
+    told = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
+    return told + train.side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, n)
+
+
+def knows(task: data.Task, prompt: str) -> bool:
+    """Can the task score answers to this prompt?"""
+    try:
+        task.reward(prompt, "")
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a run of train.py")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("-n", type=int, default=5, help="answers of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    args = parser.parse_args()
+    try:
+        if args.n < 1 or not args.temperature > 0:
+            raise train.ConfigError(f"-n {args.n} --temperature {args.temperature}: both must be positive")
+        print(answers(args.run, args.prompt, args.n, args.seed, args.temperature))
+    except (train.ConfigError, data.DataError) as e:
+        sys.exit(f"sample: {e}")

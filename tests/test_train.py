@@ -1,0 +1,350 @@
+"""The run: nothing lost, nothing guessed, measured against the optimum. Small models, so that a run takes a second."""
+
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import dro
+import train
+from train import Config, ConfigError
+
+ROOT = Path(train.__file__).parent
+SMALL = {"task": "tiny", "reference_steps": 40, "steps": 12, "evolve": 2, "batch_size": 4, "eval_prompts": 6, "eval_samples": 16, "eval_every": 4,
+         "layers": 1, "heads": 2, "width": 32}
+
+
+def small(folder, **settings) -> Config:
+    return Config(**{**SMALL, "device": "cpu", "out": str(folder), **settings})
+
+
+def flags(folder, **settings) -> list[str]:
+    pairs = {**SMALL, "device": "cpu", "out": folder, **settings}
+    return [x for k, v in pairs.items() for x in ("--" + k.replace("_", "-"), str(v))]
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["policy"]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run; its neighbours find its reference in the cache."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train.main(small(folder))
+
+
+# ------------------------------------------------------------------------------------------------------------- what a run does
+
+
+def test_a_run_writes_what_it_promises(finished):
+    folder, metrics = finished
+    assert {"config.json", "log.jsonl", "metrics.json", "samples.txt", "checkpoint.pt", "reference.pt", "tokenizer.txt"} <= {p.name for p in folder.iterdir()}
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    promised = ("policy_reward reference_reward best_of_8_reward win_rate kl kl_se optimal_reward optimal_reward_se effective_sample_size efficiency "
+                "policy_length reference_length").split()
+    assert all(name in metrics and f"ood_{name}" in metrics for name in promised)
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_short_run_improves_the_reward_on_prompts_never_trained_on(tmp_path):
+    metrics = train.main(small(tmp_path / "run", reference_steps=200, steps=100, batch_size=16, eval_prompts=20, width=64))
+    assert metrics["policy_reward"] > metrics["reference_reward"] + 0.15
+    assert metrics["win_rate"] > 0.55
+
+
+@pytest.mark.parametrize("settings", [{"task": "summary"}, {"sft_weight": 0.0, "score": "mean", "reward_norm": "list-zscore"}, {"dtype": "bfloat16"},
+                                      {"reward_norm": "global", "iterate": 2}, {"shuffle_prompts": True}, {"objective": "sft"}], ids=str)
+def test_every_option_runs(tmp_path, settings):
+    metrics = train.main(small(tmp_path / "run", **{**settings, "reference_steps": 5, "steps": 4}))
+    assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
+    if settings.get("objective") == "sft":
+        assert metrics["kl"] == 0 and (tmp_path / "run" / "reference.pt").exists()
+
+
+def test_compile_compiles_the_scoring_of_the_policy(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or f)
+    train.main(small(tmp_path / "run", compile=True, reference_steps=2, steps=2))
+    assert compiled[0].__name__ == "hidden"
+
+
+def test_without_matplotlib_the_run_says_which_package_would_draw(finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.draw_curves(finished[0], finished[1])
+    assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_policy_equals_reference_before_the_first_step_in_either_precision(finished):
+    for dtype in ("float32", "bfloat16"):
+        c = train.resolve(small("unused", dtype=dtype))
+        world = train.make_world(c)
+        model = train.new_model(c, world)
+        ratios = train.sampled_kl(c, world, model, model, world.heldout[:3], 4, "test")[1]
+        assert torch.equal(ratios, torch.zeros_like(ratios))
+
+
+# --------------------------------------------------------------------------------------------------- evaluation and the optimum
+
+
+def test_the_sampled_optimum_agrees_with_enumeration_on_tiny(finished):
+    c = train.resolve(small("unused", eval_samples=256, seed=3))
+    world = train.make_world(c)
+    reference, policy = train.new_model(c, world), train.new_model(c, world)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.15 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        for p, q in zip(policy.parameters(), reference.parameters()):
+            p.copy_(q + 0.04 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    exact, _ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=True)
+    sampled, _ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=False)
+    assert exact["kl"] > 0.2
+    assert sampled["kl"] == pytest.approx(exact["kl"], abs=4 * sampled["kl_se"])
+    assert sampled["optimal_reward"] == pytest.approx(exact["optimal_reward"], rel=0.1)
+    assert sampled["policy_reward"] <= sampled["optimal_reward"] + 0.1
+
+
+def test_efficiency_is_one_for_the_optimum_and_null_where_it_means_nothing(finished):
+    c = train.resolve(small("unused"))
+    world = train.make_world(c)
+    model = train.new_model(c, world)
+    metrics, _ = train.evaluate_task(c, world, model, model, world.heldout[:4], "x")
+    assert metrics["kl"] == pytest.approx(0, abs=1e-9) and metrics["efficiency"] is None
+    responses = train.enumerate_tiny(world)
+    example = dataclasses.replace(world.heldout[0], response_ids=responses, rewards=[0.0] * len(responses))
+    ref = torch.tensor(train.score_examples(c, world, model, [example]), dtype=torch.float64)
+    assert ref.logsumexp(-1).item() == pytest.approx(0, abs=1e-6)
+    rewards = torch.tensor([train.rewarded(world, example.prompt, responses)], dtype=torch.float64)
+    assert dro.frontier(ref, dro.optimal_logps(ref, rewards, 0.4), rewards).efficiency == pytest.approx(1)
+
+
+def test_list_metrics_count_ties_half_and_name_every_score():
+    rows = [{"prompt": "x", "rewards": [3.0, 1.0, 2.0], "good": [3, 1, 2], "bad": [1, 3, 2], "flat": [0, 0, 0], "longest": [9, 8, 7]}]
+    m = train.list_metrics(rows)
+    assert (m["pair_accuracy_good"], m["pair_accuracy_bad"], m["pair_accuracy_flat"], m["longer_accuracy"]) == (1, 0, 0.5, 2 / 3)
+    assert (m["top1_reward_good"], m["top1_reward_bad"], m["mean_reward"], m["best_reward"]) == (3, 1, 2, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- nothing lost
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(finished):
+    folder, _ = finished
+    train.main(small(folder.parent / "again"))
+    train.main(small(folder.parent / "other", seed=1))
+    assert same(weights(folder), weights(folder.parent / "again"))
+    assert (folder / "log.jsonl").read_text() == (folder.parent / "again" / "log.jsonl").read_text()
+    assert not same(weights(folder), weights(folder.parent / "other"))
+
+
+@pytest.mark.parametrize("crash", [1, 4, 5, 6, 7, 9, 12])
+def test_a_run_cut_anywhere_resumes_to_the_same_bits(finished, monkeypatch, crash):
+    """Evolve rounds end at 6 and 12, checkpoints are at 4, 8 and 12; a crash before the first one starts over."""
+    folder, _ = finished
+    cut, real, steps = folder.parent / f"cut-{crash}", train.optimizer_step, []
+
+    def failing(*args):
+        steps.append(1)
+        if len(steps) == crash:
+            raise OSError("the machine is gone")
+        return real(*args)
+
+    monkeypatch.setattr(train, "optimizer_step", failing)
+    monkeypatch.setattr(train, "train_reference", lambda c, world: pytest.fail("the reference should be cached"))
+    monkeypatch.setattr(train, "reference_parts", lambda c, world: json.loads(next((folder.parent / "reference").glob("*.json")).read_text()))
+    with pytest.raises(OSError):
+        train.main(small(cut))
+    monkeypatch.setattr(train, "optimizer_step", real)
+    train.main(train.command_line(["--resume", str(cut)]))
+    assert same(weights(folder), weights(cut))
+    assert (folder / "log.jsonl").read_text() == (cut / "log.jsonl").read_text()
+
+
+def started(folder, **settings):
+    """A run in a process of its own, returned when its first checkpoint is there."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(folder, **settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        if (Path(folder) / "checkpoint.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def test_kill_and_ctrl_c_both_resume_to_the_same_bits(tmp_path):
+    long = {"steps": 400, "eval_every": 40}
+    train.main(small(tmp_path / "whole", **long))
+    for how, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
+        process = started(tmp_path / how, **long)
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+        assert torch.load(tmp_path / how / "checkpoint.pt", weights_only=True)["step"] < 400
+        if how == "interrupted":
+            assert process.returncode == 1 and f"python train.py --resume {tmp_path / how}" in said and "Traceback" not in said
+        train.main(train.command_line(["--resume", str(tmp_path / how)]))
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / how))
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_the_difference(finished, capsys):
+    folder, _ = finished
+    with pytest.raises(ConfigError, match="lr: 0.0005 there, 0.01 here"):
+        train.command_line(["--resume", str(folder), "--lr", "0.01"])
+    with pytest.raises(ConfigError, match="temperature: 2.0 there, 1.0 here"):
+        train.main(small(folder, resume=str(folder), temperature=1.0))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train.main(small(folder))
+    with pytest.raises(ConfigError, match="no config.json"):
+        train.command_line(["--resume", str(folder / "nothing")])
+
+
+def test_a_non_finite_loss_stops_with_the_last_good_checkpoint_kept(finished, monkeypatch):
+    folder = finished[0].parent / "nan"
+    real, calls = train.compute_loss, []
+    monkeypatch.setattr(train, "compute_loss", lambda *args: calls.append(1) or real(*args) * (math.nan if len(calls) > 6 else 1.0))
+    with pytest.raises(FloatingPointError, match="step 6: loss is nan.*last good checkpoint"):  # one call was the trial before the run
+        train.main(small(folder))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["policy"].values())
+
+
+def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
+    train.main(small(tmp_path / "a", steps=2))
+    train.main(small(tmp_path / "b", steps=2))
+    assert "(cached)" in capsys.readouterr().out
+    path = next((tmp_path / "reference").glob("*.pt"))
+    whole = path.read_bytes()
+    kept = torch.load(path, weights_only=True)
+    kept["weights"]["wte.weight"][0, 0] += 1  # a readable file with other weights
+    torch.save(kept, path)
+    train.main(small(tmp_path / "c", steps=2))
+    assert "do not match their digest" in capsys.readouterr().out
+    path.write_bytes(whole[: len(whole) // 2])  # half a file
+    train.main(small(tmp_path / "d", steps=2))
+    assert "is damaged" in capsys.readouterr().out
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "d"))
+    train.main(small(tmp_path / "e", steps=2, seed=7, reference_steps=41))
+    assert "the nearest one differs in seed, texts, --reference-steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------------- own files
+
+LISTS = [{"prompt": f"What is {i} like?", "responses": ["Fine, thank you.", "Bad.", "So so."][: 2 + i % 2], "rewards": [1.0, 0.0, 0.5][: 2 + i % 2]}
+         for i in range(60)]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):
+    path = write(tmp_path / "lists.jsonl", LISTS)
+    metrics = train.main(small(tmp_path / "run", data=[path], evolve=None, vocab_size=300))
+    for name in ("policy_sum", "policy_mean", "policy_ratio", "reference_sum", "reference_mean", "longest"):
+        assert 0 <= metrics[f"top1_reward_{name}"] <= metrics["best_reward"] <= 1
+    assert metrics["pair_accuracy_policy_mean"] > 0.9 and metrics["longer_accuracy"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    assert train.list_metrics(rows)["top1_reward_policy_mean"] == metrics["top1_reward_policy_mean"]
+    own = train.main(small(tmp_path / "own", data=[path], eval_data=[write(tmp_path / "eval.jsonl", LISTS[:5])], evolve=None, vocab_size=300))
+    assert own["best_reward"] == 1.0
+
+
+@pytest.mark.parametrize("records, message", [
+    ([{"prompt": "x", "responses": ["a"], "rewards": [1, 2]}], r"lists.jsonl:1: 1 responses and 2 rewards"),
+    ([{"prompt": f"{i}", "responses": ["a"], "rewards": [1]} for i in range(40)], "every list here has a single response"),
+    ([{"prompt": "same", "responses": ["a", "b"], "rewards": [1, 2]}] * 5, "expected some of both"),
+])
+def test_bad_data_ends_the_run_before_anything_is_written(tmp_path, records, message):
+    with pytest.raises((data.DataError, ConfigError), match=message):
+        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None))
+    assert [p.name for p in tmp_path.iterdir()] == ["lists.jsonl"]
+
+
+def test_a_constant_reward_is_nothing_to_learn(tmp_path):
+    records = [{**r, "rewards": [1.0] * len(r["rewards"])} for r in LISTS]
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None, reward_norm="global"))
+
+
+def test_changed_data_are_refused_on_resume(tmp_path):
+    path = write(tmp_path / "lists.jsonl", LISTS)
+    train.main(small(tmp_path / "run", data=[path], evolve=None, vocab_size=300))
+    write(tmp_path / "lists.jsonl", LISTS[:-1])
+    with pytest.raises(ConfigError, match="data have changed"):
+        train.main(train.command_line(["--resume", str(tmp_path / "run")]))
+
+
+def test_gpt2_explains_itself_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR"):
+        train.main(small(tmp_path / "run", task="dialogue", tokenizer="gpt2"))
+
+
+def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
+    folder = Path(os.environ.get("LIRE_DATA_DIR", ROOT.parent / "shared" / "data")) / "tiktoken_cache"
+    if not folder.exists():
+        pytest.skip(f"GPT-2's vocabulary is not in {folder}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    path = write(tmp_path / "lists.jsonl", LISTS)
+    metrics = train.main(small(tmp_path / "run", data=[path], evolve=None, tokenizer="gpt2", reference_steps=1, steps=1, limit=12, width=16, eval_data=[path]))
+    assert math.isfinite(metrics["kl"])
+
+
+# ------------------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("argv, message", [
+    ("--lr -1", "--lr must be positive"), ("--lr nan", "--lr must be finite"), ("--task chess", "choose from dialogue, summary, tiny"),
+    ("--objective lyre", "'lyre' is unknown"), ("--candidates 1", "at least 2"), ("--width 30", "multiple of --heads"), ("--vocab-size 10", "at least 257"),
+    ("--evolve 0", "give one with --data"), ("--data x.jsonl --evolve 1", "no reward function"), ("--eval-data x.jsonl", "goes with --data"),
+    ("--steps -3", "must not be negative"), ("--temperature 0", "must be positive"), ("--data nowhere.jsonl", "nowhere.jsonl:1: No such file"),
+    ("--device cuda", "sees no CUDA GPU"), ("--task tiny --tokenizer gpt2", "fixed vocabulary"), ("--reward-norm l2", "choose from softmax"),
+])
+def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(data, "gpt2_encoding", lambda: data.encoding(data.train_bpe(["x"], 300)))
+    with pytest.raises((ConfigError, data.DataError), match=message) as e:
+        train.main(train.command_line(argv.split()))
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
+    for argv in (["--learning-rate", "1"], ["--lr", "-1"]):
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode != 0 and "Traceback" not in done.stderr and argv[0] in done.stderr
+
+
+def test_every_option_is_read_by_the_code_and_explained():
+    source = inspect.getsource(train)
+    for f in dataclasses.fields(Config):
+        assert re.search(rf"\bc\.{f.name}\b", source) or f.name in train.REFERENCE_SETTINGS, f.name
+        assert re.search(rf"^    {f.name}: .*  # \w", source, re.M), f"{f.name} has no comment"
+
+
+def test_importing_any_module_has_no_side_effect(tmp_path):
+    code = "import lire, dro, model, data, train; import os; assert not os.listdir('.'), os.listdir('.')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_padding_free_example_of_progress(capsys):
+    progress = train.Progress("lire", 10)
+    progress.show(5, "loss 1", line=True)
+    progress.show(6, "loss 1")
+    assert re.fullmatch(r"lire 5/10  loss 1  \d+ s left\n", capsys.readouterr().out)
