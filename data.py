@@ -13,10 +13,10 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import os
 import random
 import re
+import sys
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -75,7 +75,7 @@ OLD_PLACES = [place for place in PLACES if place not in NEW_PLACES]
 QUESTIONS = ["How was the {}?", "What was the {} like?", "Did you enjoy the {}?", "Was the {} any good?",
              "Tell me about the {}.", "Would you recommend the {}?"]
 GENERAL = {"good": 0.4, "lovely": 0.6, "wonderful": 0.8, "poor": -0.4, "bad": -0.6, "awful": -0.8}
-KINDS = [  # things, words that praise them, words that blame them: nearly every word does both somewhere
+KINDS = [  # things, words that praise them, words that blame them: half of the words do both somewhere
     ("soup curry stew pie", "hot rich fresh heavy", "cold small dry light"),
     ("room cabin attic flat", "warm quiet large light", "hot small dark loud"),
     ("phone camera radio watch", "small light quick bright", "hot heavy slow dark"),
@@ -242,8 +242,7 @@ def tiny(rng) -> Task:
 
 def tiny_ranks() -> dict[bytes, int]:
     """The fixed vocabulary of tiny: 256 bytes, then every word of its prompts and responses as one token."""
-    text = " ".join(q.format("") for q in ASK) + " " + " ".join([*FITS, *WORDS])
-    words = sorted(set(re.findall(SPLIT, text)) | {" " + w for w in [*FITS, *WORDS]})
+    words = sorted({w for q in ASK for w in re.findall(SPLIT, q.format(""))} | {" " + w for w in [*FITS, *WORDS]})
     return {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words if len(w) > 1])}
 
 
@@ -281,6 +280,8 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
     """
     records = []
     for path in paths:
+        if limit and len(records) >= limit:
+            break
         found, dropped, number, parse = [], [], 0, None
         for number, line in enumerate(_lines(path), 1):
             if limit and len(records) + len(found) >= limit:
@@ -293,10 +294,10 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
                     raise DataError(f"{type(row).__name__} instead of an object, expected {CANONICAL}")
                 parse = parse or (_copa if "human-explanations" in row else _canonical)
                 record = parse(row)
-            except json.JSONDecodeError as e:
-                raise DataError(f"{path}:{number}: not JSON ({e.msg}), expected one object a line") from None
             except DataError as e:
                 raise DataError(f"{path}:{number}: {e}") from None
+            except (ValueError, RecursionError) as e:
+                raise DataError(f"{path}:{number}: not JSON ({getattr(e, 'msg', e)}), expected one object a line") from None
             if record["prompt"].strip() and record["responses"] and all(r.strip() for r in record["responses"]):
                 found.append(record)
             else:
@@ -341,7 +342,7 @@ def _need(row, name, kind, what):
 
 
 def _number(x, where):
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= sys.float_info.max:
         raise DataError(f"{where} is {x!r}, expected a finite number")
     return float(x)
 

@@ -158,9 +158,11 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
         at = y[i - 1] + (y[i] - y[i - 1]) * ((k - x[i - 1]) / (x[i] - x[i - 1]).clamp_min(1e-12)).clamp(0, 1)
         optima.append(at)
         gains.append((earned[rows].mean() - base[rows].mean()) / (at - base[rows].mean()))
+    room = optimal - base.mean().item()  # what there is to gain; rounding alone is nothing
+    efficiency = (earned.mean() - base.mean()).item() / room if room > 1e-12 * rewards.abs().max().item() else math.nan
     return Frontier(
         reference_reward=base.mean().item(), policy_reward=earned.mean().item(), kl=kl.mean().item(), tau=tau,
         optimal_kl=kl_divergence(best_logps, log_b).mean().item(), optimal_reward=optimal, optimal_reward_se=torch.stack(optima).std().item(),
-        efficiency=((earned.mean() - base.mean()) / (optimal - base.mean())).item(), efficiency_se=torch.stack(gains).std().item(),
+        efficiency=efficiency, efficiency_se=torch.stack(gains).std().item(),
         effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
     )

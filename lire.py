@@ -19,6 +19,10 @@ def _check(mask, *tensors):
             raise ValueError(f"expected [B, M] tensors of one shape, got {tuple(t.shape)} with mask {tuple(mask.shape)}")
 
 
+def _float(t):
+    return t if t.dtype == torch.float64 else t.float()  # half precision and integers are computed in float32
+
+
 def candidate_probs(logps, mask, temperature):
     """P = softmax(logps / temperature) over the real candidates of each list (Eq. 4, arXiv 2405.13516).
 
@@ -32,7 +36,7 @@ def candidate_probs(logps, mask, temperature):
     _check(mask, logps)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return (logps.float() / temperature if logps.dtype != torch.float64 else logps / temperature).masked_fill(~mask, -torch.inf).softmax(-1)
+    return (_float(logps) / temperature).masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def transform_rewards(rewards, mask, how):
@@ -47,6 +51,7 @@ def transform_rewards(rewards, mask, how):
     tensor([[-1.,  1.,  0.]])
     """
     _check(mask, rewards)
+    rewards = _float(rewards)
     if how == "softmax":
         return rewards.masked_fill(~mask, -torch.inf).softmax(-1)
     rewards = torch.where(mask, rewards, 0.0)
@@ -54,7 +59,9 @@ def transform_rewards(rewards, mask, how):
         n = mask.sum(-1, keepdim=True)
         centred = torch.where(mask, rewards - rewards.sum(-1, keepdim=True) / n, 0.0)
         deviation = (centred.square().sum(-1, keepdim=True) / n).sqrt()
-        return torch.where(deviation > 0, centred / deviation.clamp_min(1e-12), 0.0)
+        top = rewards.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+        unlike = top > rewards.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)  # rounding leaves equal rewards a tiny deviation
+        return torch.where(unlike, centred / deviation.clamp_min(1e-30), 0.0)
     if how != "none":
         raise ValueError(f'how must be "softmax", "zscore" or "none", got {how!r}')
     return rewards
@@ -107,7 +114,7 @@ def sft_loss(logps, lengths, rewards, mask):
     tensor([1.])
     """
     _check(mask, logps, lengths, rewards)
-    best = rewards.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)  # [B, 1], the first at a tie
+    best = _float(rewards).masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)  # [B, 1], the first at a tie
     return -(logps.gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
 
 

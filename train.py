@@ -149,7 +149,7 @@ def save(what, path) -> None:
     path, part = Path(path), Path(f"{path}.part")
     with open(part, "wb") as f:
         if isinstance(what, str):
-            f.write(what.encode())
+            f.write(what.encode("utf-8", "replace"))
         else:
             torch.save(what, f)
         f.flush()
@@ -684,7 +684,7 @@ def mean_and_deviation(values) -> list[float]:
     """Mean and standard deviation of the training rewards. Raises: ConfigError where they are constant."""
     mean = sum(values) / len(values)
     deviation = (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5
-    if deviation == 0:
+    if max(values) == min(values):
         raise ConfigError(f"every reward is {mean}: there is nothing to learn")
     return [mean, deviation]
 
