@@ -19,9 +19,9 @@ import re
 import sys
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import tiktoken
 import torch
@@ -41,7 +41,9 @@ class Task:
     logged: list[dict]  # Records: mixed-quality responses to the training prompts, to train the reference on
     reward: Callable[[str, str], float]
     max_response: int  # tokens, EOS included
-    parts: Callable[[str, str], dict[str, float]] = field(default=lambda prompt, response: {})  # what the reward is made of
+    parts: Callable[[str, str], dict[str, float]] = field(
+        default=lambda prompt, response: {}
+    )  # what the reward is made of
     words: list[str] = field(default_factory=list)  # tiny alone: the words a response is made of
 
 
@@ -67,13 +69,22 @@ def make_task(name: str, rng) -> Task:
 
 
 # Places are spelt from known syllables, so that a new place can be read and copied, though it was never trained on.
-PLACES = [a + b for a in "Ash Bram Cor Dun El Fern Glen Hol Kel Lyn Mar Nor Os Pen Rad Stan Tar Ux Wal York".split()
-          for b in "by cot dale den ford ham ley mere port stow ton wick".split()]
+PLACES = [
+    a + b
+    for a in "Ash Bram Cor Dun El Fern Glen Hol Kel Lyn Mar Nor Os Pen Rad Stan Tar Ux Wal York".split()
+    for b in "by cot dale den ford ham ley mere port stow ton wick".split()
+]
 NEW_PLACES = [PLACES[12 * i + 5 * i % 12] for i in range(20)]  # one of each first syllable: never trained on
 OLD_PLACES = [place for place in PLACES if place not in NEW_PLACES]
 
-QUESTIONS = ["How was the {}?", "What was the {} like?", "Did you enjoy the {}?", "Was the {} any good?",
-             "Tell me about the {}.", "Would you recommend the {}?"]
+QUESTIONS = [
+    "How was the {}?",
+    "What was the {} like?",
+    "Did you enjoy the {}?",
+    "Was the {} any good?",
+    "Tell me about the {}.",
+    "Would you recommend the {}?",
+]
 GENERAL = {"good": 0.4, "lovely": 0.6, "wonderful": 0.8, "poor": -0.4, "bad": -0.6, "awful": -0.8}
 KINDS = [  # things, words that praise them, words that blame them: half of the words do both somewhere
     ("soup curry stew pie", "hot rich fresh heavy", "cold small dry light"),
@@ -150,7 +161,9 @@ def dialogue(rng) -> Task:
     return Task("dialogue", prompts, logged, reward, max_response=32)
 
 
-THINGS = "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge zoo tower".split()
+THINGS = (
+    "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge zoo tower".split()
+)
 FACTS = ["There is a {}.", "We saw the {}.", "They have a {}.", "I liked the {}."]
 DENIALS = ["There is no {}.", "We missed the {}.", "They closed the {}."]
 NOISE = ["Sorry for the long post.", "It may rain again.", "Thanks for reading."]
@@ -173,7 +186,11 @@ def summary(rng) -> Task:
         head, _, rest = text.rstrip(".").partition(": ")
         claims = [c for c in rest.split(", ") if c not in FILLER]
         facts = facts_of(prompt) if head == place and text.endswith(".") else []
-        return {"covered": len(set(claims) & set(facts)), "invented": sum(c not in facts for c in claims), "words": len(text.split())}
+        return {
+            "covered": len(set(claims) & set(facts)),
+            "invented": sum(c not in facts for c in claims),
+            "words": len(text.split()),
+        }
 
     def reward(prompt, response):
         p = parts(prompt, response)
@@ -207,8 +224,14 @@ def summary(rng) -> Task:
 WORDS = "calm deep cold wide loud dark old wild".split()
 FITS = {}  # thing -> the three words that fit it
 for fits, things in {
-    "deep wide wild": "sea ocean bay", "calm deep cold": "lake pond well", "wide loud cold": "river stream fall", "loud dark wild": "storm night beast",
-    "deep dark cold": "cave mine cellar", "dark old wild": "forest jungle wood", "calm wide wild": "desert plain moor", "old cold dark": "castle tomb ruin",
+    "deep wide wild": "sea ocean bay",
+    "calm deep cold": "lake pond well",
+    "wide loud cold": "river stream fall",
+    "loud dark wild": "storm night beast",
+    "deep dark cold": "cave mine cellar",
+    "dark old wild": "forest jungle wood",
+    "calm wide wild": "desert plain moor",
+    "old cold dark": "castle tomb ruin",
 }.items():
     FITS |= {thing: fits for thing in things.split()}
 ASK = ["What is the {} like?", "Describe the {}.", "How is the {}?", "Tell me of the {}."]
@@ -235,7 +258,10 @@ def tiny(rng) -> Task:
         prompts["train"] += train
         prompts["heldout"].append(heldout)
         for prompt in train * 4:
-            texts = [" ".join(rng.choice(fits.split() if rng.random() < 0.2 else WORDS) for _ in range(rng.randint(1, 3))) for _ in range(8)]
+            texts = [
+                " ".join(rng.choice(fits.split() if rng.random() < 0.2 else WORDS) for _ in range(rng.randint(1, 3)))
+                for _ in range(8)
+            ]
             logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
     return Task("tiny", prompts, logged, reward, max_response=4, words=WORDS)
 
@@ -243,7 +269,9 @@ def tiny(rng) -> Task:
 def tiny_ranks() -> dict[bytes, int]:
     """The fixed vocabulary of tiny: 256 bytes, then every word of its prompts and responses as one token."""
     words = sorted({w for q in ASK for w in re.findall(SPLIT, q.format(""))} | {" " + w for w in [*FITS, *WORDS]})
-    return {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words if len(w) > 1])}
+    return {
+        token: i for i, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words if len(w) > 1])
+    }
 
 
 def allowed_tokens(task: Task, enc: tiktoken.Encoding):
@@ -297,7 +325,9 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
             except DataError as e:
                 raise DataError(f"{path}:{number}: {e}") from None
             except (ValueError, RecursionError) as e:
-                raise DataError(f"{path}:{number}: not JSON ({getattr(e, 'msg', e)}), expected one object a line") from None
+                raise DataError(
+                    f"{path}:{number}: not JSON ({getattr(e, 'msg', e)}), expected one object a line"
+                ) from None
             if record["prompt"].strip() and record["responses"] and all(r.strip() for r in record["responses"]):
                 found.append(record)
             else:
@@ -305,14 +335,20 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
         if not found and not dropped:
             raise DataError(f"{path}:{max(number, 1)}: no record, expected {CANONICAL}")
         if dropped:
-            say(f"{path}: {len(dropped)} of {len(found) + len(dropped)} records dropped: empty prompt or response "
-                f"(lines {', '.join(map(str, dropped[:5]))}{' ...' if len(dropped) > 5 else ''})")
+            say(
+                f"{path}: {len(dropped)} of {len(found) + len(dropped)} records dropped: empty prompt or response "
+                f"(lines {', '.join(map(str, dropped[:5]))}{' ...' if len(dropped) > 5 else ''})"
+            )
             if len(dropped) > 0.05 * (len(found) + len(dropped)):
-                raise DataError(f"{path}:{dropped[0]}: more than 5 % of the records are unusable, expected text in prompt and responses")
+                raise DataError(
+                    f"{path}:{dropped[0]}: more than 5 % of the records are unusable, expected text in prompt and responses"
+                )
         first = found[0]
         best = first["responses"][first["rewards"].index(max(first["rewards"]))]
-        say(f"{path}: {'COPA-SSE' if parse is _copa else 'canonical'} lists, {len(found)} prompts, "
-            f"{sum(len(r['responses']) for r in found)} responses; best of record 1: {best[:60]!r}")
+        say(
+            f"{path}: {'COPA-SSE' if parse is _copa else 'canonical'} lists, {len(found)} prompts, "
+            f"{sum(len(r['responses']) for r in found)} responses; best of record 1: {best[:60]!r}"
+        )
         records += found
     return records
 
@@ -330,7 +366,9 @@ def _lines(path):
                 except UnicodeDecodeError as e:
                     raise DataError(f"{path}:{number}: byte {e.start} is not UTF-8, expected UTF-8 text") from None
     except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path}:1: {getattr(e, 'strerror', None) or e}, expected a readable .jsonl or .jsonl.gz file") from None
+        raise DataError(
+            f"{path}:1: {getattr(e, 'strerror', None) or e}, expected a readable .jsonl or .jsonl.gz file"
+        ) from None
 
 
 def _need(row, name, kind, what):
@@ -349,19 +387,26 @@ def _number(x, where):
 
 def _canonical(row):
     prompt = _need(row, "prompt", str, "a string")
-    responses, rewards = _need(row, "responses", list, "a list of strings"), _need(row, "rewards", list, "a list of numbers")
+    responses, rewards = (
+        _need(row, "responses", list, "a list of strings"),
+        _need(row, "rewards", list, "a list of numbers"),
+    )
     if not all(isinstance(r, str) for r in responses):
         raise DataError("'responses' holds something else than strings, expected a list of strings")
     if len(responses) != len(rewards):
         raise DataError(f"{len(responses)} responses and {len(rewards)} rewards, expected as many rewards as responses")
-    return {"prompt": prompt, "responses": responses, "rewards": [_number(r, f"reward {i + 1}") for i, r in enumerate(rewards)]}
+    return {
+        "prompt": prompt,
+        "responses": responses,
+        "rewards": [_number(r, f"reward {i + 1}") for i, r in enumerate(rewards)],
+    }
 
 
 def _copa(row):
     """COPA-SSE (Brassard et al. 2022): the premise, Why? or So what?, the right answer; rated explanations."""
     asks = _need(row, "asks-for", str, '"cause" or "effect"')
     if asks not in ("cause", "effect"):
-        raise DataError(f"'asks-for' is {asks!r}, expected \"cause\" or \"effect\"")
+        raise DataError(f'\'asks-for\' is {asks!r}, expected "cause" or "effect"')
     right = str(_need(row, "most-plausible-alternative", (str, int), "1 or 2"))
     if right not in ("1", "2"):
         raise DataError(f"'most-plausible-alternative' is {right!r}, expected 1 or 2")
@@ -372,13 +417,18 @@ def _copa(row):
     return {
         "prompt": f"{_need(row, 'p', str, 'a string')} {question} {_need(row, 'a' + right, str, 'a string')}",
         "responses": [_need(e, "text", str, "a string") for e in rated],
-        "rewards": [_number(e.get("filtered-avg-rating"), f"filtered-avg-rating of explanation {i + 1}") for i, e in enumerate(rated)],
+        "rewards": [
+            _number(e.get("filtered-avg-rating"), f"filtered-avg-rating of explanation {i + 1}")
+            for i, e in enumerate(rated)
+        ],
     }
 
 
 def split(records, share: float = 0.1):
     """Train and held-out lists: a prompt is held out by a hash of its text, so the same prompt always falls on the same side."""
-    held = [int(hashlib.sha256(r["prompt"].encode("utf-8", "replace")).hexdigest()[:8], 16) < share * 2**32 for r in records]
+    held = [
+        int(hashlib.sha256(r["prompt"].encode("utf-8", "replace")).hexdigest()[:8], 16) < share * 2**32 for r in records
+    ]
     return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
 
 
@@ -502,7 +552,11 @@ def tokenize(records, enc, max_prompt: int = 0, max_response: int = 0, say=lambd
                 ids, long_responses = ids[:max_response], long_responses + 1
             responses.append(ids)
             n += 1
-        examples.append(Example(record["prompt"], prompt_ids[-max_prompt:] if max_prompt else prompt_ids, responses, record["rewards"]))
+        examples.append(
+            Example(
+                record["prompt"], prompt_ids[-max_prompt:] if max_prompt else prompt_ids, responses, record["rewards"]
+            )
+        )
     if spaced:
         say(f"a space was put between prompt and response in {spaced} of {n} responses")
     if long_prompts or long_responses:
@@ -545,7 +599,14 @@ def make_batch(examples, eos: int, device="cpu") -> Batch:
         if e.ref_logps is not None:
             ref_logps[i, : len(e.ref_logps)] = torch.tensor(e.ref_logps)
     response_mask = torch.arange(R) < response_length[..., None]
-    batch = [prompt_ids, torch.arange(S) < prompt_length[:, None], response_ids, response_mask, response_mask[..., 0], rewards]
+    batch = [
+        prompt_ids,
+        torch.arange(S) < prompt_length[:, None],
+        response_ids,
+        response_mask,
+        response_mask[..., 0],
+        rewards,
+    ]
     batch.append(ref_logps if all(e.ref_logps is not None for e in examples) else None)
     return Batch(*(None if t is None else t.to(device) for t in batch))
 

@@ -68,7 +68,7 @@ def tau_at_kl(ref_logps, rewards, kl):
     >>> round(tau_at_kl(ref_logps, rewards, kl), 3)
     0.5
     """
-    reached = lambda tau: kl_divergence(optimal_logps(ref_logps, rewards, tau), ref_logps).mean().item()  # noqa: E731
+    reached = lambda tau: kl_divergence(optimal_logps(ref_logps, rewards, tau), ref_logps).mean().item()
     scale = (rewards.max() - rewards.min()).item()
     if scale == 0:
         return math.nan
@@ -126,7 +126,8 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
 
     Args: log_b, log_w [B, N]: log-probabilities of reference and policy over an enumerated set, or `mixture_weights`;
         rewards [B, N], the true ones; resamples: bootstrap draws over prompts, tau solved anew in each; seed: of the draws.
-    Returns: Frontier; efficiency nan where the optimum earns no more than the reference. A sampled optimum misses mass, so its efficiency is an upper estimate.
+    Returns: Frontier; efficiency nan where the optimum earns no more than the reference. A sampled optimum misses mass,
+        so its efficiency is an upper estimate.
 
     >>> log_b, rewards = torch.tensor([[0.5, 0.3, 0.2]] * 2).log(), torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, 0.0]])
     >>> f = frontier(log_b, optimal_logps(log_b, rewards, 0.7), rewards)
@@ -161,8 +162,14 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
     room = optimal - base.mean().item()  # what there is to gain; rounding alone is nothing
     efficiency = (earned.mean() - base.mean()).item() / room if room > 1e-12 * rewards.abs().max().item() else math.nan
     return Frontier(
-        reference_reward=base.mean().item(), policy_reward=earned.mean().item(), kl=kl.mean().item(), tau=tau,
-        optimal_kl=kl_divergence(best_logps, log_b).mean().item(), optimal_reward=optimal, optimal_reward_se=torch.stack(optima).std().item(),
-        efficiency=efficiency, efficiency_se=torch.stack(gains).std().item(),
+        reference_reward=base.mean().item(),
+        policy_reward=earned.mean().item(),
+        kl=kl.mean().item(),
+        tau=tau,
+        optimal_kl=kl_divergence(best_logps, log_b).mean().item(),
+        optimal_reward=optimal,
+        optimal_reward_se=torch.stack(optima).std().item(),
+        efficiency=efficiency,
+        efficiency_se=torch.stack(gains).std().item(),
         effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
     )

@@ -16,7 +16,9 @@ import torch
 def _check(mask, *tensors):
     for t in tensors:
         if t.shape != mask.shape or mask.dim() != 2:
-            raise ValueError(f"expected [B, M] tensors of one shape, got {tuple(t.shape)} with mask {tuple(mask.shape)}")
+            raise ValueError(
+                f"expected [B, M] tensors of one shape, got {tuple(t.shape)} with mask {tuple(mask.shape)}"
+            )
 
 
 def _float(t):
@@ -60,7 +62,9 @@ def transform_rewards(rewards, mask, how):
         centred = torch.where(mask, rewards - rewards.sum(-1, keepdim=True) / n, 0.0)
         deviation = (centred.square().sum(-1, keepdim=True) / n).sqrt()
         top = rewards.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-        unlike = top > rewards.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)  # rounding leaves equal rewards a tiny deviation
+        unlike = top > rewards.masked_fill(~mask, torch.inf).amin(
+            -1, keepdim=True
+        )  # rounding leaves equal rewards a tiny deviation
         return torch.where(unlike, centred / deviation.clamp_min(1e-30), 0.0)
     if how != "none":
         raise ValueError(f'how must be "softmax", "zscore" or "none", got {how!r}')

@@ -41,7 +41,9 @@ class Attention(nn.Module):
     def forward(self, x, past=None, mask=None):
         """x [N, T, D]; past: a cache (see `PromptCache`) or None. Returns the output [N, T, D] and the keys and values."""
         N, T, D = x.shape
-        q, k, v = self.c_attn(x).view(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
+        q, k, v = (
+            self.c_attn(x).view(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # [N, H, T, D/H] each
         if past is not None:
             k, v = past.extend(k, v)  # [N, H, S + T, D/H]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -85,7 +87,9 @@ class SamplingCache:
 
     def __init__(self, k, v, M: int, max_tokens: int):
         self.length = k.shape[2]
-        self.k, self.v = (F.pad(t, (0, 0, 0, max_tokens)).repeat_interleave(M, 0) for t in (k, v))  # [B * M, H, S + R, D/H]
+        self.k, self.v = (
+            F.pad(t, (0, 0, 0, max_tokens)).repeat_interleave(M, 0) for t in (k, v)
+        )  # [B * M, H, S + R, D/H]
 
     def extend(self, k, v):
         end = self.length + k.shape[2]
@@ -112,7 +116,9 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
-        std = 0.02 * (768 / config.width) ** 0.5  # GPT-2's 0.02 at GPT-2's width; a narrow model learns to copy far sooner
+        std = (
+            0.02 * (768 / config.width) ** 0.5
+        )  # GPT-2's 0.02 at GPT-2's width; a narrow model learns to copy far sooner
         for name, p in self.named_parameters():
             if p.dim() == 2:  # residual projections start smaller, so that the sum over layers keeps its size
                 nn.init.normal_(p, std=std / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else std)
@@ -174,13 +180,17 @@ class GPT(nn.Module):
         """
         B, S = prompt_ids.shape
         if S + max_tokens > self.config.context:
-            raise ValueError(f"prompt and response need {S} + {max_tokens} tokens, the model reads {self.config.context}")
+            raise ValueError(
+                f"prompt and response need {S} + {max_tokens} tokens, the model reads {self.config.context}"
+            )
         x, cache = self.read_prompt(prompt_ids)
         cache = [SamplingCache(*kv, M, max_tokens) for kv in cache]
         position = prompt_mask.sum(1)  # [B]
         first = x[torch.arange(B, device=x.device), position - 1]  # [B, D]
         position = position.repeat_interleave(M)  # [B * M]
-        mask = F.pad(prompt_mask, (0, max_tokens), value=True).repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S + R]
+        mask = F.pad(prompt_mask, (0, max_tokens), value=True).repeat_interleave(M, 0)[
+            :, None, None
+        ]  # [B * M, 1, 1, S + R]
 
         def step(ids, rows=None):
             nonlocal position, mask

@@ -56,7 +56,9 @@ class Config:
     reference_lr: float = 4e-3  # its peak learning rate
     candidates: int = 8  # M, responses sampled for each prompt
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = None  # Evolve rounds: sample the pool anew; default 5 for tasks, 0 for files, which have no reward
+    evolve: int | None = (
+        None  # Evolve rounds: sample the pool anew; default 5 for tasks, 0 for files, which have no reward
+    )
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
@@ -84,11 +86,18 @@ class ConfigError(ValueError):
 
 
 CHOICES = {
-    "task": ("dialogue", "summary", "tiny"), "model": ("gpt",), "tokenizer": ("bpe", "gpt2"), "score": ("sum", "mean"),
-    "reward_norm": ("softmax", "list-zscore", "global", "none"), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
+    "task": ("dialogue", "summary", "tiny"),
+    "model": ("gpt",),
+    "tokenizer": ("bpe", "gpt2"),
+    "score": ("sum", "mean"),
+    "reward_norm": ("softmax", "list-zscore", "global", "none"),
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("float32", "bfloat16"),
 }
-POSITIVE = ("layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
-            "clip eval_prompts eval_samples eval_every").split()
+POSITIVE = (
+    "layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
+    "clip eval_prompts eval_samples eval_every"
+).split()
 
 
 def resolve(config: Config) -> Config:
@@ -114,18 +123,26 @@ def resolve(config: Config) -> Config:
     if c.vocab_size < 257:
         raise ConfigError(f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}")
     if files and c.evolve:
-        raise ConfigError(f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: leave it at 0")
+        raise ConfigError(
+            f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: leave it at 0"
+        )
     if not files and not c.evolve:
         raise ConfigError("--evolve 0 trains on the responses of a file: give one with --data, or evolve at least once")
     if c.eval_data and not files:
         raise ConfigError("--eval-data goes with --data")
     if c.objective == "lire" and not files and c.candidates < 2:
-        raise ConfigError(f"--objective lire compares the candidates of a list: --candidates must be at least 2, got {c.candidates}")
+        raise ConfigError(
+            f"--objective lire compares the candidates of a list: --candidates must be at least 2, got {c.candidates}"
+        )
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this torch sees no CUDA GPU")
     if c.device == "auto":
         c.device = "cuda" if torch.cuda.is_available() else "cpu"
-    c.out = c.out or c.resume or free_folder(f"{c.objective}-{Path(c.data[0]).name.split('.')[0] if files else c.task}-{c.seed}")
+    c.out = (
+        c.out
+        or c.resume
+        or free_folder(f"{c.objective}-{Path(c.data[0]).name.split('.')[0] if files else c.task}-{c.seed}")
+    )
     return c
 
 
@@ -217,10 +234,14 @@ def make_world(c: Config) -> World:
         if not c.eval_data:
             records, eval_records = data.split(records)
         if not records or not eval_records:
-            raise data.DataError(f"{', '.join(c.data)}: {len(records)} lists to train on and {len(eval_records)} held out, expected some of "
-                                 "both: give more lists, or held-out ones with --eval-data")
+            raise data.DataError(
+                f"{', '.join(c.data)}: {len(records)} lists to train on and {len(eval_records)} held out, expected some of "
+                "both: give more lists, or held-out ones with --eval-data"
+            )
         if c.objective == "lire" and all(len(r["responses"]) < 2 for r in records):
-            raise ConfigError("--objective lire compares the candidates of a list, and every list here has a single response: it can't learn")
+            raise ConfigError(
+                "--objective lire compares the candidates of a list, and every list here has a single response: it can't learn"
+            )
     else:
         task = data.make_task(c.task, random.Random(c.seed))
         records = task.logged
@@ -233,20 +254,28 @@ def make_world(c: Config) -> World:
         enc = data.encoding(ranks)
     if task and task.words and ranks is None:
         raise ConfigError("--task tiny has its own fixed vocabulary: leave --tokenizer at bpe")
-    tokens = lambda records, say=lambda line: None: data.tokenize(records, enc, c.max_prompt, c.max_response, say)  # noqa: E731
-    prompts = lambda split: tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])  # noqa: E731
+    tokens = lambda records, say=lambda line: None: data.tokenize(records, enc, c.max_prompt, c.max_response, say)
+    prompts = lambda split: tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
     h = hashlib.sha256(json.dumps([records, eval_records]).encode())
     return World(
-        enc=enc, ranks=ranks, task=task, logged=tokens(records, print if c.data else lambda line: None),
-        heldout=prompts("heldout") if task else tokens(eval_records), ood=prompts("ood") if task else heldout,
-        train=prompts("train") if task else [], allowed=data.allowed_tokens(task, enc).to(c.device) if task and task.words else None,
-        max_response=min(c.max_response, task.max_response) if task else c.max_response, fingerprint=h.hexdigest(),
+        enc=enc,
+        ranks=ranks,
+        task=task,
+        logged=tokens(records, print if c.data else lambda line: None),
+        heldout=prompts("heldout") if task else tokens(eval_records),
+        ood=prompts("ood") if task else heldout,
+        train=prompts("train") if task else [],
+        allowed=data.allowed_tokens(task, enc).to(c.device) if task and task.words else None,
+        max_response=min(c.max_response, task.max_response) if task else c.max_response,
+        fingerprint=h.hexdigest(),
     )
 
 
 def new_model(c: Config, world: World):
     """A model of the configured size with fresh weights, drawn from the seed alone."""
-    size = models.GPTConfig(world.enc.n_vocab, c.max_prompt + c.max_response, c.layers, c.heads, c.width, world.enc.eot_token)
+    size = models.GPTConfig(
+        world.enc.n_vocab, c.max_prompt + c.max_response, c.layers, c.heads, c.width, world.enc.eot_token
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
         return models.GPT(size).to(c.device)
@@ -296,9 +325,19 @@ REFERENCE_SETTINGS = "max_prompt max_response model layers heads width tokenizer
 def reference_parts(c: Config, world: World) -> dict[str, str]:
     """All that the reference depends on, one hash or value each: its cache key."""
     code = "".join(map(inspect.getsource, (train_reference, optimizer_step, lr_at, new_model, rng, make_world)))
-    sources = {"model.py": inspect.getsource(models), "data.py": inspect.getsource(data), "train.py's reference code": code}
+    sources = {
+        "model.py": inspect.getsource(models),
+        "data.py": inspect.getsource(data),
+        "train.py's reference code": code,
+    }
     parts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
-    parts |= {"torch version": str(torch.__version__), "dtype": c.dtype, "device": c.device, "seed": str(c.seed), "texts": world.fingerprint[:16]}
+    parts |= {
+        "torch version": str(torch.__version__),
+        "dtype": c.dtype,
+        "device": c.device,
+        "seed": str(c.seed),
+        "texts": world.fingerprint[:16],
+    }
     return parts | {f"--{name.replace('_', '-')}": str(getattr(c, name)) for name in REFERENCE_SETTINGS}
 
 
@@ -359,10 +398,25 @@ def sample_lists(c: Config, world: World, model, examples, M: int, generator, te
     lists = []
     size = max(1, 512 // M)
     for start in range(0, len(examples), size):
-        batch = data.make_batch([dataclasses.replace(e, response_ids=[[0]], rewards=[0.0], ref_logps=None) for e in examples[start : start + size]],
-                                world.enc.eot_token, c.device)
+        batch = data.make_batch(
+            [
+                dataclasses.replace(e, response_ids=[[0]], rewards=[0.0], ref_logps=None)
+                for e in examples[start : start + size]
+            ],
+            world.enc.eot_token,
+            c.device,
+        )
         with precision(c):
-            ids, mask = models.sample(model, batch.prompt_ids, batch.prompt_mask, M, world.max_response, generator, temperature, allowed=world.allowed)
+            ids, mask = models.sample(
+                model,
+                batch.prompt_ids,
+                batch.prompt_mask,
+                M,
+                world.max_response,
+                generator,
+                temperature,
+                allowed=world.allowed,
+            )
         lengths = mask.sum(-1).tolist()
         lists += [[y[:n] for y, n in zip(row, ns)] for row, ns in zip(ids.tolist(), lengths)]
     return lists
@@ -384,7 +438,9 @@ def rewarded(world: World, prompt: str, lists: list) -> list[float]:
 def compute_loss(c: Config, logps, batch):
     """The objective: log-probs [B, M] of a batch to a loss [B] (or a scalar). The one place that knows the objectives."""
     mask, lengths = batch.candidate_mask, batch.response_mask.sum(-1)
-    rewards = lire.transform_rewards(batch.rewards, mask, {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm))
+    rewards = lire.transform_rewards(
+        batch.rewards, mask, {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm)
+    )
     if c.objective == "lire":
         scores = logps / lengths.clamp_min(1) if c.score == "mean" else logps
         loss = lire.lire_loss(scores, rewards, mask, c.temperature)
@@ -397,7 +453,9 @@ def compute_loss(c: Config, logps, batch):
 def try_objective(c: Config) -> None:
     """Run compute_loss once on made-up numbers, so that a wrong name or a bug in a new loss shows before the work begins."""
     ones = torch.ones(2, 3, 4, dtype=torch.bool)
-    batch = data.Batch(ones[:, 0].long(), ones[:, 0], ones.long(), ones, ones[..., 0], torch.rand(2, 3), torch.rand(2, 3))
+    batch = data.Batch(
+        ones[:, 0].long(), ones[:, 0], ones.long(), ones, ones[..., 0], torch.rand(2, 3), torch.rand(2, 3)
+    )
     compute_loss(c, torch.randn(2, 3, requires_grad=True), batch).mean().backward()
 
 
@@ -413,10 +471,16 @@ def batch_metrics(c: Config, logps, batch) -> dict:
     n = mask.sum(-1)
     entropy = -torch.where(P > 0, P * P.clamp_min(1e-30).log(), 0.0).sum(-1)
     metrics = {
-        "rewards/expected": (P * batch.rewards).sum(-1), "rewards/chosen": chosen, "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
-        "logps/chosen": logps.gather(-1, best), "logps/rejected": logps.gather(-1, worst),
-        "candidates/entropy": entropy, "candidates/max_prob": P.max(-1).values, "candidates/collapsed": ((P.max(-1).values > 0.99) & (n > 1)).float(),
+        "rewards/expected": (P * batch.rewards).sum(-1),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": logps.gather(-1, best),
+        "logps/rejected": logps.gather(-1, worst),
+        "candidates/entropy": entropy,
+        "candidates/max_prob": P.max(-1).values,
+        "candidates/collapsed": ((P.max(-1).values > 0.99) & (n > 1)).float(),
     }
     return {name: value.mean().item() for name, value in metrics.items()}
 
@@ -432,16 +496,28 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     Returns: the metrics, and for each prompt (prompt, policy responses, reference responses) as token ids.
     """
     n, enumerated = c.eval_samples, bool(world.task.words) if enumerated is None else enumerated
-    drawn = [sample_lists(c, world, m, examples, n, rng(c.seed, "evaluate", tag, who, device=c.device))
-             for who, m in (("reference", reference), ("policy", policy))]
-    rewards = [torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)], dtype=torch.float64) for lists in drawn]
+    drawn = [
+        sample_lists(c, world, m, examples, n, rng(c.seed, "evaluate", tag, who, device=c.device))
+        for who, m in (("reference", reference), ("policy", policy))
+    ]
+    rewards = [
+        torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)], dtype=torch.float64)
+        for lists in drawn
+    ]
     if enumerated:
         both = [enumerate_tiny(world)] * len(examples)
-        pool_rewards = torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, both)], dtype=torch.float64)
+        pool_rewards = torch.tensor(
+            [rewarded(world, e.prompt, ys) for e, ys in zip(examples, both)], dtype=torch.float64
+        )
     else:
         both, pool_rewards = [r + p for r, p in zip(*drawn)], torch.cat(rewards, 1)
-    pool = [dataclasses.replace(e, response_ids=ys, rewards=[0.0] * len(ys), ref_logps=None) for e, ys in zip(examples, both)]
-    ref_logps, logps = (torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64) for m in (reference, policy))
+    pool = [
+        dataclasses.replace(e, response_ids=ys, rewards=[0.0] * len(ys), ref_logps=None)
+        for e, ys in zip(examples, both)
+    ]
+    ref_logps, logps = (
+        torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64) for m in (reference, policy)
+    )
     if enumerated:
         log_b, log_w = ref_logps, logps
         kls = dro.kl_divergence(logps, ref_logps)
@@ -457,13 +533,20 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
     values = dro.optimal_value(log_b, pool_rewards, deviation.item())
     m = {
-        "policy_reward": policy_rewards.mean().item(), "reference_reward": reference_rewards.mean().item(),
+        "policy_reward": policy_rewards.mean().item(),
+        "reference_reward": reference_rewards.mean().item(),
         "best_of_8_reward": groups.max(-1).values.mean().item() if groups is not None else math.nan,
         "win_rate": ((wins > 0).double() + 0.5 * (wins == 0).double()).mean().item(),
-        "kl": kl, "kl_se": (kls.std() / len(kls) ** 0.5).item(),
-        "optimal_kl": f.optimal_kl, "optimal_reward": f.optimal_reward, "optimal_reward_se": f.optimal_reward_se, "effective_sample_size": f.effective_sample_size,
-        "efficiency": f.efficiency if usable else math.nan, "efficiency_se": f.efficiency_se if usable else math.nan,
-        "value_deviation": values.std().item(), "reward_deviation": deviation.item(),
+        "kl": kl,
+        "kl_se": (kls.std() / len(kls) ** 0.5).item(),
+        "optimal_kl": f.optimal_kl,
+        "optimal_reward": f.optimal_reward,
+        "optimal_reward_se": f.optimal_reward_se,
+        "effective_sample_size": f.effective_sample_size,
+        "efficiency": f.efficiency if usable else math.nan,
+        "efficiency_se": f.efficiency_se if usable else math.nan,
+        "value_deviation": values.std().item(),
+        "reward_deviation": deviation.item(),
     }
     for who, lists, rs in (("policy", drawn[1], policy_rewards), ("reference", drawn[0], reference_rewards)):
         m[f"{who}_length"] = sum(len(y) for ys in lists for y in ys) / (len(lists) * n)
@@ -472,14 +555,22 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         m |= {f"{who}_{k}": sum(p[k] for p in parts) / len(parts) for k in parts[0]}
         # the same answers under another prompt: what is left of the gain does not come from reading the prompt
         others = examples[1:] + examples[:1]
-        m[f"shuffled_{who}_reward"] = sum(sum(rewarded(world, e.prompt, ys)) for e, ys in zip(others, lists)) / rs.numel()
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}, list(zip(examples, drawn[1], drawn[0]))
+        m[f"shuffled_{who}_reward"] = (
+            sum(sum(rewarded(world, e.prompt, ys)) for e, ys in zip(others, lists)) / rs.numel()
+        )
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}, list(
+        zip(examples, drawn[1], drawn[0])
+    )
 
 
 def enumerate_tiny(world: World) -> list[list[int]]:
     """All 584 responses of tiny as token ids, EOS included."""
     words = [world.enc.encode_single_token(" " + w) for w in world.task.words]
-    lists = [[a] for a in words] + [[a, b] for a in words for b in words] + [[a, b, d] for a in words for b in words for d in words]
+    lists = (
+        [[a] for a in words]
+        + [[a, b] for a in words for b in words]
+        + [[a, b, d] for a in words for b in words for d in words]
+    )
     return [ids + [world.enc.eot_token] for ids in lists]
 
 
@@ -492,15 +583,22 @@ def evaluate_lists(c: Config, world: World, policy, reference) -> list[dict]:
     if not examples:
         raise data.DataError("the held-out lists have a single response each, expected some with two or more")
     rows = []
-    for e, policy_logps, ref_logps in zip(examples, score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)):
+    for e, policy_logps, ref_logps in zip(
+        examples, score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)
+    ):
         lengths = [len(ids) for ids in e.response_ids]
-        rows.append({
-            "prompt": e.prompt, "rewards": e.rewards,
-            "policy_sum": policy_logps, "policy_mean": [s / n for s, n in zip(policy_logps, lengths)],
-            "policy_ratio": [s - r for s, r in zip(policy_logps, ref_logps)],
-            "reference_sum": ref_logps, "reference_mean": [s / n for s, n in zip(ref_logps, lengths)],
-            "longest": [len(text_of(world, ids)) for ids in e.response_ids],
-        })
+        rows.append(
+            {
+                "prompt": e.prompt,
+                "rewards": e.rewards,
+                "policy_sum": policy_logps,
+                "policy_mean": [s / n for s, n in zip(policy_logps, lengths)],
+                "policy_ratio": [s - r for s, r in zip(policy_logps, ref_logps)],
+                "reference_sum": ref_logps,
+                "reference_mean": [s / n for s, n in zip(ref_logps, lengths)],
+                "longest": [len(text_of(world, ids)) for ids in e.response_ids],
+            }
+        )
     return rows
 
 
@@ -511,14 +609,19 @@ def list_outcome(scores, rewards) -> tuple[float, float, int]:
     (5.0, 2.0, 2)
     """
     pairs = [(i, j) for i in range(len(rewards)) for j in range(i) if rewards[i] != rewards[j]]
-    right = sum(0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (rewards[i] > rewards[j])) for i, j in pairs)
+    right = sum(
+        0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (rewards[i] > rewards[j])) for i, j in pairs
+    )
     return rewards[max(range(len(scores)), key=scores.__getitem__)], right, len(pairs)
 
 
 def list_metrics(rows: list[dict]) -> dict:
     """top1_reward and pair_accuracy of every score over rows of `evaluate_lists`; mean_reward and best_reward are the range."""
     rewards = [row["rewards"] for row in rows]
-    m = {"mean_reward": sum(sum(r) / len(r) for r in rewards) / len(rows), "best_reward": sum(map(max, rewards)) / len(rows)}
+    m = {
+        "mean_reward": sum(sum(r) / len(r) for r in rewards) / len(rows),
+        "best_reward": sum(map(max, rewards)) / len(rows),
+    }
     for name in list(rows[0])[2:]:
         top, right, pairs = map(sum, zip(*(list_outcome(row[name], row["rewards"]) for row in rows)))
         m[f"top1_reward_{name}"], m[f"pair_accuracy_{name}"] = top / len(rows), right / pairs if pairs else None
@@ -529,7 +632,9 @@ def list_metrics(rows: list[dict]) -> dict:
 def sampled_kl(c: Config, world: World, policy, reference, examples, M: int, tag) -> tuple[list, torch.Tensor]:
     """M policy samples a prompt and their log-ratios to the reference [B, M], whose mean estimates KL(pi || pi_ref)."""
     lists = sample_lists(c, world, policy, examples, M, rng(c.seed, "quick", tag, device=c.device))
-    pool = [dataclasses.replace(e, response_ids=ys, rewards=[0.0] * M, ref_logps=None) for e, ys in zip(examples, lists)]
+    pool = [
+        dataclasses.replace(e, response_ids=ys, rewards=[0.0] * M, ref_logps=None) for e, ys in zip(examples, lists)
+    ]
     logps, ref_logps = (torch.tensor(score_examples(c, world, m, pool)) for m in (policy, reference))
     return lists, logps - ref_logps
 
@@ -549,7 +654,9 @@ def quick_evaluation(c: Config, world: World, policy, reference, step: int) -> d
 
 def difference(old: dict, new: dict) -> str:
     """What differs between two flat dicts, in words; empty where nothing does."""
-    return ", ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in {**old, **new} if old.get(k) != new.get(k))
+    return ", ".join(
+        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in {**old, **new} if old.get(k) != new.get(k)
+    )
 
 
 def load_checkpoint(c: Config, parts: dict) -> dict | None:
@@ -610,7 +717,15 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
         if not (checkpoint and e == checkpoint["evolve"] and checkpoint["step"]):
             visits = (ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size
             chosen = sorted(torch.randperm(len(examples), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
-            drawn = sample_lists(c, world, policy, [examples[i] for i in chosen], c.candidates, rng(c.seed, "pool", e, device=c.device), c.sample_temperature)
+            drawn = sample_lists(
+                c,
+                world,
+                policy,
+                [examples[i] for i in chosen],
+                c.candidates,
+                rng(c.seed, "pool", e, device=c.device),
+                c.sample_temperature,
+            )
             generated, round_ = [[]] * len(examples), e
             for i, lists in zip(chosen, drawn):
                 generated[i] = lists
@@ -620,23 +735,43 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
         """Rewards and reference log-probs of every list: the pool, as Examples."""
         nonlocal statistics
         began = time.time()
-        pool = [dataclasses.replace(e, response_ids=ys, rewards=rewarded(world, e.prompt, ys) if world.task else e.rewards)
-                for e, ys in zip(examples, lists) if len(ys) > 1]
+        pool = [
+            dataclasses.replace(e, response_ids=ys, rewards=rewarded(world, e.prompt, ys) if world.task else e.rewards)
+            for e, ys in zip(examples, lists)
+            if len(ys) > 1
+        ]
         if pool and c.reward_norm == "global":
             statistics = statistics or mean_and_deviation([r for e in pool for r in e.rewards])
-            pool = [dataclasses.replace(e, rewards=[(r - statistics[0]) / statistics[1] for r in e.rewards]) for e in pool]
+            pool = [
+                dataclasses.replace(e, rewards=[(r - statistics[0]) / statistics[1] for r in e.rewards]) for e in pool
+            ]
         if c.shuffle_prompts:
             pool = [dataclasses.replace(e, prompt_ids=other.prompt_ids) for e, other in zip(pool, pool[1:] + pool[:1])]
-        pool = [dataclasses.replace(e, ref_logps=logps) for e, logps in zip(pool, score_examples(c, world, reference, pool))]
+        pool = [
+            dataclasses.replace(e, ref_logps=logps) for e, logps in zip(pool, score_examples(c, world, reference, pool))
+        ]
         if pool:
             rewards = [r for e in pool for r in e.rewards]
-            print(f"pool: {len(pool)} lists of {len(rewards) / len(pool):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
-                  f"best of a list {sum(max(e.rewards) for e in pool) / len(pool):.3f} ({time.time() - began:.0f} s)")
+            print(
+                f"pool: {len(pool)} lists of {len(rewards) / len(pool):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
+                f"best of a list {sum(max(e.rewards) for e in pool) / len(pool):.3f} ({time.time() - began:.0f} s)"
+            )
         return pool
 
     def checkpoint_now(step):
-        save({"step": step, "config": run_settings(c), "parts": parts, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-              "evolve": round_, "generated": generated, "statistics": statistics}, out / "checkpoint.pt")
+        save(
+            {
+                "step": step,
+                "config": run_settings(c),
+                "parts": parts,
+                "policy": policy.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "evolve": round_,
+                "generated": generated,
+                "statistics": statistics,
+            },
+            out / "checkpoint.pt",
+        )
 
     progress, latest, began = Progress(c.objective, c.steps, done), {}, time.time()
     with interruptible() as interrupted, open(out / "log.jsonl", "a") as log_file:
@@ -655,21 +790,38 @@ def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: 
                 lr = lr_at(step, c.steps, c.lr)
                 norm = optimizer_step(optimizer, policy.parameters(), loss, lr, c.clip)
                 if not math.isfinite(norm):
-                    raise FloatingPointError(f"step {step + 1}: loss is {loss.item()}, gradient norm {norm}. The last good checkpoint is kept: "
-                                             f"{out / 'checkpoint.pt'}; a smaller --lr may help")
+                    raise FloatingPointError(
+                        f"step {step + 1}: loss is {loss.item()}, gradient norm {norm}. The last good checkpoint is kept: "
+                        f"{out / 'checkpoint.pt'}; a smaller --lr may help"
+                    )
                 step += 1  # steps done
                 due = step % c.eval_every == 0 or step == c.steps
                 if step % 10 == 0 or step == 1 or due:
-                    row = {"step": step, "evolve": e, "loss": loss.item(), "learning_rate": lr, "grad_norm": norm, **batch_metrics(c, logps, batch)}
+                    row = {
+                        "step": step,
+                        "evolve": e,
+                        "loss": loss.item(),
+                        "learning_rate": lr,
+                        "grad_norm": norm,
+                        **batch_metrics(c, logps, batch),
+                    }
                     if due:
                         latest = quick_evaluation(c, world, policy, reference, step)
                         checkpoint_now(step)
                     log_file.write(json.dumps(row | (latest if due else {})) + "\n")
                     log_file.flush()
                     if due and row["candidates/collapsed"] > 0.9:
-                        print(f"step {step}: the listwise softmax has collapsed on {row['candidates/collapsed']:.0%} of the lists "
-                              "(one candidate holds over 99 %), so they teach nothing; try a higher --temperature or --score mean")
-                progress.show(step, "  ".join([f"loss {loss.item():.4f}", *(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))]), due)
+                        print(
+                            f"step {step}: the listwise softmax has collapsed on {row['candidates/collapsed']:.0%} of the lists "
+                            "(one candidate holds over 99 %), so they teach nothing; try a higher --temperature or --score mean"
+                        )
+                progress.show(
+                    step,
+                    "  ".join(
+                        [f"loss {loss.item():.4f}", *(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))]
+                    ),
+                    due,
+                )
                 if interrupted:
                     checkpoint_now(step)
                     raise KeyboardInterrupt(f"saved after step {step}; `python train.py --resume {out}` goes on")
@@ -736,17 +888,31 @@ def draw_curves(out: Path, metrics: dict) -> None:
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     if not log:
         return
-    curve = lambda name: zip(*[(row["step"], row[name]) for row in log if name in row])  # noqa: E731
+    curve = lambda name: zip(*[(row["step"], row[name]) for row in log if name in row])
     fig, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
-    names = [("reward", "reward, held-out prompts"), ("kl", "KL to the reference, nats"), ("loss", "loss"), ("candidates/max_prob", "listwise softmax")]
+    names = [
+        ("reward", "reward, held-out prompts"),
+        ("kl", "KL to the reference, nats"),
+        ("loss", "loss"),
+        ("candidates/max_prob", "listwise softmax"),
+    ]
     if not any("reward" in row for row in log):
         names[0] = ("rewards/accuracies", "best candidate gained more than the worst")
     for ax, (name, title) in zip(axes.flat, names):
-        ax.plot(*curve(name), "o-" if name in ("reward", "kl") else "-", ms=3, label={"reward": "policy", "candidates/max_prob": "largest P"}.get(name))
+        ax.plot(
+            *curve(name),
+            "o-" if name in ("reward", "kl") else "-",
+            ms=3,
+            label={"reward": "policy", "candidates/max_prob": "largest P"}.get(name),
+        )
         ax.set(title=title, xlabel="step")
         ax.grid(alpha=0.3)
     if "reward" in names[0]:
-        for key, label, style in (("reference_reward", "reference", ":"), ("best_of_8_reward", "best of 8", "--"), ("optimal_reward", "optimum at the final KL", "-.")):
+        for key, label, style in (
+            ("reference_reward", "reference", ":"),
+            ("best_of_8_reward", "best of 8", "--"),
+            ("optimal_reward", "optimum at the final KL", "-."),
+        ):
             if metrics.get(key) is not None:
                 axes[0, 0].axhline(metrics[key], color="gray", ls=style, label=label)
         axes[0, 0].legend(fontsize=8)
@@ -802,16 +968,20 @@ def main(config: Config) -> dict:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     seconds["reference"] = time.time() - began
     if c.objective == "sft":
-        save({"step": 0, "config": run_settings(c), "parts": parts, "policy": policy.state_dict()}, out / "checkpoint.pt")
+        save(
+            {"step": 0, "config": run_settings(c), "parts": parts, "policy": policy.state_dict()}, out / "checkpoint.pt"
+        )
     else:
         seconds |= train_policy(c, world, policy, reference, checkpoint, parts)
 
     began, policy = time.time(), policy.eval()
-    choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))  # noqa: E731
+    choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     heldout = choose(world.heldout)
     if world.task:
         metrics, answers = evaluate_task(c, world, policy, reference, heldout, "heldout")
-        metrics |= {f"ood_{k}": v for k, v in evaluate_task(c, world, policy, reference, choose(world.ood), "ood")[0].items()}
+        metrics |= {
+            f"ood_{k}": v for k, v in evaluate_task(c, world, policy, reference, choose(world.ood), "ood")[0].items()
+        }
     else:
         rows = evaluate_lists(c, world, policy, reference)
         save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
@@ -821,7 +991,10 @@ def main(config: Config) -> dict:
         answers = list(zip(heldout, lists, base))
         per_prompt = ratios.mean(-1)
         metrics |= {"kl": per_prompt.mean().item(), "kl_se": (per_prompt.std() / len(per_prompt) ** 0.5).item()}
-        metrics |= {f"{who}_length": sum(len(y) for ys in ls for y in ys) / ratios.numel() for who, ls in (("policy", lists), ("reference", base))}
+        metrics |= {
+            f"{who}_length": sum(len(y) for ys in ls for y in ys) / ratios.numel()
+            for who, ls in (("policy", lists), ("reference", base))
+        }
     seconds["evaluate"] = time.time() - began
     metrics |= {f"seconds_{k}": round(v, 1) for k, v in seconds.items()}
     metrics["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -839,20 +1012,39 @@ def main(config: Config) -> dict:
 def command_line(argv=None) -> Config:
     """Config from the options; --resume takes the settings of its run, and refuses options that say otherwise."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+    )
     for f in dataclasses.fields(Config):
-        kind = next((t for t in typing.get_args(f.type) if t is not types.NoneType), f.type) if isinstance(f.type, types.UnionType) else f.type
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"nargs": "+", "type": str} if typing.get_origin(kind) is list else {"type": kind}
+        kind = (
+            next((t for t in typing.get_args(f.type) if t is not types.NoneType), f.type)
+            if isinstance(f.type, types.UnionType)
+            else f.type
+        )
+        how = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"nargs": "+", "type": str}
+            if typing.get_origin(kind) is list
+            else {"type": kind}
+        )
         shown = "" if f.default in (dataclasses.MISSING, None, "") else f" (default {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=(comments[f.name] + shown).replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         path = Path(given["resume"]) / "config.json"
         if not path.exists():
-            raise ConfigError(f"--resume {given['resume']}: there is no config.json in it, expected the folder of a run, such as out/lire-dialogue-0")
+            raise ConfigError(
+                f"--resume {given['resume']}: there is no config.json in it, expected the folder of a run, such as out/lire-dialogue-0"
+            )
         saved = json.loads(path.read_text())
-        if told := difference({k: saved.get(k) for k in given if k not in ("resume", "out")}, {k: v for k, v in given.items() if k not in ("resume", "out")}):
-            raise ConfigError(f"--resume {given['resume']}: that run has another config ({told}); leave these options out, or start a new run")
+        if told := difference(
+            {k: saved.get(k) for k in given if k not in ("resume", "out")},
+            {k: v for k, v in given.items() if k not in ("resume", "out")},
+        ):
+            raise ConfigError(
+                f"--resume {given['resume']}: that run has another config ({told}); leave these options out, or start a new run"
+            )
         given = saved | {"resume": given["resume"], "out": given["resume"]}
     return Config(**given)
 
@@ -863,4 +1055,6 @@ if __name__ == "__main__":
     except (ConfigError, data.DataError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt as e:
-        sys.exit(f"\ninterrupted: {e or 'no step was made yet; the same command starts over (a finished reference is kept)'}")
+        sys.exit(
+            f"\ninterrupted: {e or 'no step was made yet; the same command starts over (a finished reference is kept)'}"
+        )

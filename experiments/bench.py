@@ -66,14 +66,18 @@ def setup(name, shape, device, B=None):
     (M, S, R), (default_B, _, size) = shape, MODELS[name]
     B = B or default_B
     torch.manual_seed(0)
-    config = models.GPTConfig(**{"context": max(models.GPTConfig.context, S + R), "eos": -1} | size)  # no token ends a response
+    config = models.GPTConfig(
+        **{"context": max(models.GPTConfig.context, S + R), "eos": -1} | size
+    )  # no token ends a response
     model = models.GPT(config).to(device)
     prompts, responses = (torch.randint(config.vocab_size, size, device=device) for size in ((B, S), (B, M, R)))
 
     def batch(prompts, responses):
         ones = lambda *size: torch.ones(size, dtype=torch.bool, device=device)
         rows, M, R = responses.shape
-        return data.Batch(prompts, ones(rows, S), responses, ones(rows, M, R), ones(rows, M), torch.zeros(rows, M, device=device))
+        return data.Batch(
+            prompts, ones(rows, S), responses, ones(rows, M, R), ones(rows, M), torch.zeros(rows, M, device=device)
+        )
 
     return model, batch(prompts, responses), batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None])
 
@@ -144,6 +148,7 @@ def peak_flops(device):
 
 def memory_of(name, shape, device, which):
     """Peak memory of two updates above what was held before, in MB. Call it in a fresh process (see `in_own_process`)."""
+
     def now():
         if device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
@@ -173,11 +178,23 @@ def measure(name, shape, device, pairs, peak, sampling=False):
     """One row of the table, as a dict; see the top of this file. sampling: time models.sample and `sample_uncached` too."""
     model, once, repeated = setup(name, shape, device)
     (B, S), (M, _, R) = once.prompt_ids.shape, shape
-    row = {"model": name, "parameters": sum(p.numel() for p in model.parameters()), "B": B, "M": M, "S": S, "R": R, "pairs": pairs,
-           "disagreement": disagreement(model, once, repeated)}
+    row = {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "B": B,
+        "M": M,
+        "S": S,
+        "R": R,
+        "pairs": pairs,
+        "disagreement": disagreement(model, once, repeated),
+    }
     times = timed_pairs(lambda: update(model, once), lambda: update(model, repeated), pairs, device)
-    row |= {"once": quartiles(times[0]), "repeated": quartiles(times[1]), "ratio": quartiles([b / a for a, b in zip(*times)]),
-            "token_ratio": token_ratio(M, S, R)}
+    row |= {
+        "once": quartiles(times[0]),
+        "repeated": quartiles(times[1]),
+        "ratio": quartiles([b / a for a, b in zip(*times)]),
+        "token_ratio": token_ratio(M, S, R),
+    }
     row["reached"] = row["ratio"][1] / row["token_ratio"]
     flops = useful_flops(model.config, B, M, S, R)
     row |= {"peak_once": flops / row["once"][1] / peak, "peak_repeated": flops / row["repeated"][1] / peak}
@@ -185,20 +202,40 @@ def measure(name, shape, device, pairs, peak, sampling=False):
         draw = lambda f: f(model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0))
         row["sampling_pairs"] = min(pairs, 3)
         times = timed_pairs(lambda: draw(models.sample), lambda: draw(sample_uncached), row["sampling_pairs"], device)
-        row |= {"sampled_cached": quartiles([B * M * R / s for s in times[0]]), "sampled_uncached": quartiles([B * M * R / s for s in times[1]])}
+        row |= {
+            "sampled_cached": quartiles([B * M * R / s for s in times[0]]),
+            "sampled_uncached": quartiles([B * M * R / s for s in times[1]]),
+        }
     return row
 
 
 def show(row):
     """A row of the table as text."""
-    spread = lambda q, scale=1, digits=2: f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
-    cells = [(row["model"], 8), (row["B"], 3), (row["M"], 3), (row["S"], 4), (row["R"], 3), (spread(row["once"], 1e3, 0), 20),
-             (spread(row["repeated"], 1e3, 0), 20), (spread(row["ratio"]), 18), (f"{row['token_ratio']:.2f}", 6), (f"{row['reached']:.0%}", 8),
-             (f"{row['peak_once']:.0%}", 5), (f"{row['peak_repeated']:.0%}", 5), (f"{row['memory_once']:.0f}", 6), (f"{row['memory_repeated']:.0f}", 6)]
+    spread = lambda q, scale=1, digits=2: (
+        f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
+    )
+    cells = [
+        (row["model"], 8),
+        (row["B"], 3),
+        (row["M"], 3),
+        (row["S"], 4),
+        (row["R"], 3),
+        (spread(row["once"], 1e3, 0), 20),
+        (spread(row["repeated"], 1e3, 0), 20),
+        (spread(row["ratio"]), 18),
+        (f"{row['token_ratio']:.2f}", 6),
+        (f"{row['reached']:.0%}", 8),
+        (f"{row['peak_once']:.0%}", 5),
+        (f"{row['peak_repeated']:.0%}", 5),
+        (f"{row['memory_once']:.0f}", 6),
+        (f"{row['memory_repeated']:.0f}", 6),
+    ]
     line = "".join(f"{text!s:>{width}}" for text, width in cells)
     if "sampled_cached" in row:
-        line += (f"\n    sampling here, {row['sampling_pairs']} pairs: {spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
-                 f"{spread(row['sampled_uncached'], 1, 0)} without")
+        line += (
+            f"\n    sampling here, {row['sampling_pairs']} pairs: {spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
+            f"{spread(row['sampled_uncached'], 1, 0)} without"
+        )
     return line
 
 
@@ -209,7 +246,9 @@ def main(argv=None):
     parser.add_argument("--pairs", type=int, help="timed pairs; default 15, for gpt2 5, with --quick 3")
     parser.add_argument("--shapes", nargs="+", help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the first shape, the default model and 3 pairs, where not said otherwise")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first shape, the default model and 3 pairs, where not said otherwise"
+    )
     args = parser.parse_args(argv)
     try:
         shapes = [tuple(map(int, s.split(","))) for s in args.shapes or []] or SHAPES[: 1 if args.quick else None]
@@ -221,15 +260,23 @@ def main(argv=None):
         parser.error(f"--pairs {args.pairs}: expected 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    cases = [(name, shape) for name in args.model or (["default"] if args.quick else ["default", "5m"]) for shape in shapes]
+    cases = [
+        (name, shape) for name in args.model or (["default"] if args.quick else ["default", "5m"]) for shape in shapes
+    ]
 
-    memory = {case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)] for case in cases}  # while this process is small
+    memory = {
+        case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)] for case in cases
+    }  # while this process is small
     prepare(args.device)
     peak = peak_flops(args.device)
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device_name}, float32 matrix product {peak / 1e9:.0f} GFLOP/s")
-    print("                          ------------- ms an update -------------           ratio              of tokens   peak      ---- MB ----")
-    print("   model  B  M   S  R                once            repeated  repeated / once tokens reached once  rep.  once  rep.")
+    print(
+        "                          ------------- ms an update -------------           ratio              of tokens   peak      ---- MB ----"
+    )
+    print(
+        "   model  B  M   S  R                once            repeated  repeated / once tokens reached once  rep.  once  rep."
+    )
     rows = []
     for name, shape in cases:
         pairs = args.pairs or (3 if args.quick else MODELS[name][1])
@@ -237,8 +284,11 @@ def main(argv=None):
         row |= dict(zip(("memory_once", "memory_repeated"), memory[name, shape]))
         rows.append(row)
         print(show(row), flush=True)
-    print("pairs: " + ", ".join(f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values())
-          + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats")
+    print(
+        "pairs: "
+        + ", ".join(f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values())
+        + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats"
+    )
     result = {"torch": torch.__version__, "device": device_name, "peak_flops": peak, "rows": rows}
     Path("out").mkdir(exist_ok=True)
     Path("out/bench.json").write_text(json.dumps(result, indent=1))

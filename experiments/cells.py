@@ -27,7 +27,9 @@ SOURCES = "data.py dro.py lire.py model.py train.py".split()
 def folder_of(config: train.Config) -> Path:
     """Where a cell lives: named by its settings, the contents of its files and the sources."""
     h = hashlib.sha256(json.dumps({k: v for k, v in vars(config).items() if k not in ("out", "resume")}).encode())
-    for path in [Path(train.__file__).parent / name for name in SOURCES] + [Path(p) for p in config.data + config.eval_data]:
+    for path in [Path(train.__file__).parent / name for name in SOURCES] + [
+        Path(p) for p in config.data + config.eval_data
+    ]:
         h.update(path.read_bytes())
     return FOLDER / h.hexdigest()[:16]
 

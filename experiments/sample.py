@@ -1,6 +1,6 @@
 """Answers of a run's policy and reference, side by side:
 
-    python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford soup?" -n 5
+python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford soup?" -n 5
 """
 
 import argparse
@@ -22,15 +22,25 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
     """
     folder = Path(run)
     if not (folder / "checkpoint.pt").exists():
-        raise train.ConfigError(f"{run}: no checkpoint.pt in it, expected the folder of a run, such as out/lire-dialogue-0")
+        raise train.ConfigError(
+            f"{run}: no checkpoint.pt in it, expected the folder of a run, such as out/lire-dialogue-0"
+        )
     c = train.Config(**json.loads((folder / "config.json").read_text()))
     c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
     enc = data.encoding(data.load_ranks(folder / "tokenizer.txt")) if c.tokenizer == "bpe" else data.gpt2_encoding()
     task = None if c.data else data.make_task(c.task, random.Random(c.seed))
     allowed = data.allowed_tokens(task, enc) if task else None
     world = train.World(
-        enc=enc, ranks=None, task=task if task and knows(task, prompt) else None, logged=[], heldout=[], ood=[], train=[], fingerprint="",
-        allowed=None if allowed is None else allowed.to(c.device), max_response=min(c.max_response, task.max_response) if task else c.max_response,
+        enc=enc,
+        ranks=None,
+        task=task if task and knows(task, prompt) else None,
+        logged=[],
+        heldout=[],
+        ood=[],
+        train=[],
+        fingerprint="",
+        allowed=None if allowed is None else allowed.to(c.device),
+        max_response=min(c.max_response, task.max_response) if task else c.max_response,
     )
     ids = enc.encode_ordinary(prompt)
     if not ids or len(ids) > c.max_prompt:
@@ -41,7 +51,9 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
         state = torch.load(folder / file, map_location=c.device, weights_only=True)
         model = train.new_model(c, world).eval()
         model.load_state_dict(state["policy"] if who == "policy" else state)
-        lists[who] = train.sample_lists(c, world, model, [example], n, train.rng(seed, "sample", device=c.device), temperature)[0]
+        lists[who] = train.sample_lists(
+            c, world, model, [example], n, train.rng(seed, "sample", device=c.device), temperature
+        )[0]
     told = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
     return told + train.side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, n)
 

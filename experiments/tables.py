@@ -1,11 +1,11 @@
 """The README's tables of LIRE: `python -m experiments.tables NAME` prints one and writes results/NAME.json.
 
-    sft         dialogue with the defaults, and without the SFT term              5 seeds
-    summary     summary with the defaults; trained on shuffled prompts            3 seeds
-    candidates  M = 2, 4, 8, 16 candidates a prompt                               3 seeds
-    evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
-    objective   the authors' T, rewards and score against others                  3 seeds
-    shuffled    dialogue trained on shuffled prompts                              3 seeds
+sft         dialogue with the defaults, and without the SFT term              5 seeds
+summary     summary with the defaults; trained on shuffled prompts            3 seeds
+candidates  M = 2, 4, 8, 16 candidates a prompt                               3 seeds
+evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
+objective   the authors' T, rewards and score against others                  3 seeds
+shuffled    dialogue trained on shuffled prompts                              3 seeds
 """
 
 import argparse
@@ -17,19 +17,33 @@ from experiments import cells
 from train import Config
 
 COLUMNS = "policy_reward reference_reward best_of_8_reward win_rate kl efficiency ood_policy_reward ood_reference_reward policy_distinct".split()
-SUMMARY = "policy_reward reference_reward best_of_8_reward policy_covered reference_covered policy_invented reference_invented policy_words win_rate kl".split()
+SUMMARY = (
+    "policy_reward reference_reward best_of_8_reward win_rate kl policy_covered reference_covered policy_invented "
+    "reference_invented policy_words reference_words ood_policy_reward ood_reference_reward"
+).split()
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
     "sft": (COLUMNS, 5, {"defaults (sft_weight 0.1)": {}, "sft_weight 0": {"sft_weight": 0.0}}),
-    "summary": (SUMMARY, 3, {"defaults": {"task": "summary"}, "shuffled prompts": {"task": "summary", "shuffle_prompts": True}}),
+    "summary": (
+        SUMMARY,
+        3,
+        {"defaults": {"task": "summary"}, "trained on shuffled prompts": {"task": "summary", "shuffle_prompts": True}},
+    ),
     "candidates": (COLUMNS, 3, {f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}),
     "evolve": (COLUMNS, 3, {f"{n} round{'s' * (n > 1)}": {"evolve": n} for n in (1, 2, 3, 5)}),
-    "objective": (COLUMNS, 3, {
-        "T 2, sums, softmax rewards": {}, "T 1": {"temperature": 1.0}, "T 4": {"temperature": 4.0},
-        "rewards as they are": {"reward_norm": "none"}, "rewards z-scored in the list": {"reward_norm": "list-zscore"},
-        "mean score": {"score": "mean"},
-    }),
-    "shuffled": (COLUMNS, 3, {"defaults": {}, "shuffled prompts": {"shuffle_prompts": True}}),
+    "objective": (
+        COLUMNS,
+        3,
+        {
+            "T 2, sums, softmax rewards": {},
+            "T 1": {"temperature": 1.0},
+            "T 4": {"temperature": 4.0},
+            "rewards as they are": {"reward_norm": "none"},
+            "rewards z-scored in the list": {"reward_norm": "list-zscore"},
+            "mean score": {"score": "mean"},
+        },
+    ),
+    "shuffled": (COLUMNS, 3, {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}),
 }
 
 
@@ -42,17 +56,25 @@ def mean_and_spread(values) -> str:
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
+def table(name: str, results: dict) -> str:
+    """The table in Markdown, from the rows of results/NAME.json."""
+    columns, seeds, _ = TABLES[name]
+    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
+    for row, found in results.items():
+        lines.append(
+            f"| {row} | " + " | ".join(mean_and_spread([m[column] for m in found]) for column in columns) + " |"
+        )
+    return "\n".join(lines)
+
+
 def main(name: str, jobs: int = 0) -> None:
-    columns, seeds, rows = TABLES[name]
-    configs = [(label, Config(**settings, seed=seed)) for label, settings in rows.items() for seed in range(seeds)]
+    _, seeds, rows = TABLES[name]
+    configs = [(row, Config(**settings, seed=seed)) for row, settings in rows.items() for seed in range(seeds)]
     metrics = cells.run([c for _, c in configs], jobs)
-    results = {label: [m for (row, _), m in zip(configs, metrics) if row == label] for label in rows}
+    results = {row: [m for (other, _), m in zip(configs, metrics) if other == row] for row in rows}
     Path("results").mkdir(exist_ok=True)
     Path(f"results/{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nmean ± standard deviation over {seeds} seeds\n")
-    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-    for label, found in results.items():
-        print(f"| {label} | " + " | ".join(mean_and_spread([m[column] for m in found]) for column in columns) + " |")
+    print(f"\nmean ± standard deviation over {seeds} seeds\n\n{table(name, results)}")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,25 @@ import data
 
 DATA_DIR = Path(os.environ.get("LIRE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 GOOD = {"prompt": "Describe the pond.", "responses": ["Calm.", "Wet.", "Soup."], "rewards": [1.7, 0.2, -2.1]}
-COPA = {"id": "1", "asks-for": "effect", "most-plausible-alternative": "2",
-        "p": "The frog left.", "a1": "It rained soup.", "a2": "The pond was calm.",
-        "human-explanations": [{"text": "Frogs make waves.", "filtered-avg-rating": 4.25}, {"text": "Soup.", "filtered-avg-rating": 1}]}
+COPA = {
+    "id": "1",
+    "asks-for": "effect",
+    "most-plausible-alternative": "2",
+    "p": "The frog left.",
+    "a1": "It rained soup.",
+    "a2": "The pond was calm.",
+    "human-explanations": [
+        {"text": "Frogs make waves.", "filtered-avg-rating": 4.25},
+        {"text": "Soup.", "filtered-avg-rating": 1},
+    ],
+}
 
-quickly = settings(max_examples=60, deadline=None, derandomize=True,
-                   suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quickly = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def write(folder, *lines, name="lists.jsonl"):
@@ -62,18 +75,29 @@ def changed(record=GOOD, **fields):
 visible = st.text(min_size=1, max_size=20).filter(str.strip)
 number = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
 scored = st.lists(st.tuples(visible, number), min_size=1, max_size=5)
-record = st.builds(lambda prompt, lists: {"prompt": prompt, "responses": [t for t, _ in lists], "rewards": [r for _, r in lists]}, visible, scored)
+record = st.builds(
+    lambda prompt, lists: {"prompt": prompt, "responses": [t for t, _ in lists], "rewards": [r for _, r in lists]},
+    visible,
+    scored,
+)
 
 
 @quickly
-@given(records=st.lists(record, min_size=1, max_size=5), ascii=st.booleans(), name=st.sampled_from(["lists.jsonl", "lists.jsonl.gz"]))
+@given(
+    records=st.lists(record, min_size=1, max_size=5),
+    ascii=st.booleans(),
+    name=st.sampled_from(["lists.jsonl", "lists.jsonl.gz"]),
+)
 def test_canonical_records_come_back_as_they_were_written(tmp_path, records, ascii, name):
     path = write(tmp_path, *(json.dumps(r, ensure_ascii=ascii) for r in records), name=name)
     assert load(path)[0] == records
 
 
 def test_files_are_read_in_the_order_given(tmp_path):
-    a, b = write(tmp_path, GOOD, name="a.jsonl"), write(tmp_path, changed(prompt="Second."), COPA | GOOD, name="b.jsonl.gz")
+    a, b = (
+        write(tmp_path, GOOD, name="a.jsonl"),
+        write(tmp_path, changed(prompt="Second."), COPA | GOOD, name="b.jsonl.gz"),
+    )
     assert [r["prompt"] for r in load(b, a)[0]] == ["Second.", GOOD["prompt"], GOOD["prompt"]]
 
 
@@ -100,7 +124,9 @@ def test_limit_counts_over_all_files(tmp_path, limit):
     assert len(load(a, b, limit=limit)[0]) == limit
 
 
-@pytest.mark.parametrize("unusable", [changed(prompt="  "), changed(responses=["", "Wet.", "Soup."]), changed(responses=[], rewards=[])])
+@pytest.mark.parametrize(
+    "unusable", [changed(prompt="  "), changed(responses=["", "Wet.", "Soup."]), changed(responses=[], rewards=[])]
+)
 def test_up_to_5_percent_of_unusable_records_are_dropped_and_counted(tmp_path, unusable):
     path = write(tmp_path, GOOD, unusable, *[GOOD] * 18)
     records, news = load(path)
@@ -149,10 +175,12 @@ def test_a_broken_line_is_named_with_its_file_and_number(tmp_path, case):
 
 
 broken_copa = {
-    "no premise": (changed(COPA, p=None), "no field 'p'"), "no right answer": (changed(COPA, a2=None), "no field 'a2'"),
+    "no premise": (changed(COPA, p=None), "no field 'p'"),
+    "no right answer": (changed(COPA, a2=None), "no field 'a2'"),
     "asks for nothing": (changed(COPA, asks_for="reason"), "'asks-for' is 'reason'"),
     "a third answer": (changed(COPA, most_plausible_alternative="3"), "is '3'"),
-    "no list": (changed(COPA, human_explanations={}), "is dict"), "not objects": (changed(COPA, human_explanations=["Soup."]), "objects"),
+    "no list": (changed(COPA, human_explanations={}), "is dict"),
+    "not objects": (changed(COPA, human_explanations=["Soup."]), "objects"),
     "no rating": (changed(COPA, human_explanations=[{"text": "Soup."}]), "explanation 1 is None"),
     "no text": (changed(COPA, human_explanations=[{"filtered-avg-rating": 1}]), "no field 'text'"),
     "another format": (GOOD, "no field 'asks-for'"),
@@ -187,10 +215,20 @@ def test_every_truncation_or_corruption_of_a_gz_file_ends_in_one_line(tmp_path):
         assert re.match(rf"{re.escape(str(path))}:\d+: ", error(path))
 
 
-json_value = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-                          lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=8)
-field = st.sampled_from(["prompt", "responses", "rewards", "human-explanations", "asks-for", "most-plausible-alternative", "p", "a2"])
-mutated = st.builds(lambda base, name, value: json.dumps({**base, name: value}).encode(), st.sampled_from([GOOD, COPA]), field, json_value)
+json_value = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+field = st.sampled_from(
+    ["prompt", "responses", "rewards", "human-explanations", "asks-for", "most-plausible-alternative", "p", "a2"]
+)
+mutated = st.builds(
+    lambda base, name, value: json.dumps({**base, name: value}).encode(),
+    st.sampled_from([GOOD, COPA]),
+    field,
+    json_value,
+)
 cut = st.builds(lambda n: json.dumps(GOOD).encode()[:n], st.integers(1, len(json.dumps(GOOD)) - 1))
 
 
@@ -222,7 +260,10 @@ def test_copa_sse_asks_why_or_so_what_of_the_right_answer(tmp_path):
     cause = changed(COPA, asks_for="cause", most_plausible_alternative=1)
     records, (news,) = load(write(tmp_path, COPA, cause))
     texts = {"responses": ["Frogs make waves.", "Soup."], "rewards": [4.25, 1.0]}
-    assert records == [{"prompt": "The frog left. So what? The pond was calm.", **texts}, {"prompt": "The frog left. Why? It rained soup.", **texts}]
+    assert records == [
+        {"prompt": "The frog left. So what? The pond was calm.", **texts},
+        {"prompt": "The frog left. Why? It rained soup.", **texts},
+    ]
     assert "COPA-SSE" in news and "'Frogs make waves.'" in news
 
 
@@ -233,7 +274,9 @@ def test_copa_sse_itself_equals_its_canonical_form():
     (a, _), (b, _) = load(theirs), load(ours)
     assert len(a) == len(b) == 1000 and sum(len(r["responses"]) for r in a) == 6579
     for x, y in zip(a, b):
-        assert (x["prompt"], x["responses"]) == (y["prompt"], y["responses"]) and x["rewards"] == pytest.approx(y["rewards"], abs=1e-4)
+        assert (x["prompt"], x["responses"]) == (y["prompt"], y["responses"]) and x["rewards"] == pytest.approx(
+            y["rewards"], abs=1e-4
+        )
 
 
 def test_a_prompt_is_held_out_by_its_text_alone():
@@ -263,9 +306,13 @@ BPE_TEXTS = {
     "pairs that overlap": ["abc abc bc bc bc ab ab ab xabc aabc abcc"],
     "no pair twice": ["abcdefg"],
     "nothing": [""],
-    "punctuation, numbers and white space": ["Wait... what?!  12 + 34 = 46\n\n\tdef f(x):\n        return x_1 + x_2\n" * 3],
+    "punctuation, numbers and white space": [
+        "Wait... what?!  12 + 34 = 46\n\n\tdef f(x):\n        return x_1 + x_2\n" * 3
+    ],
     "other scripts": ["naïve café, 日本語日本語 и кириллица и 🙂🙂🙂🙂 e\u0301e\u0301"],
-    "a task": [t for r in data.make_task("dialogue", random.Random(0)).logged[::60] for t in [r["prompt"], *r["responses"]]],
+    "a task": [
+        t for r in data.make_task("dialogue", random.Random(0)).logged[::60] for t in [r["prompt"], *r["responses"]]
+    ],
 }
 
 
@@ -317,7 +364,9 @@ def test_ranks_are_saved_as_plain_text_and_read_anew_each_time(tmp_path):
         ranks = data.train_bpe(texts, 300)
         data.save_ranks(ranks, tmp_path / "ranks")
         assert list(data.load_ranks(tmp_path / "ranks").items()) == list(ranks.items())
-        assert (tmp_path / "ranks").read_text().splitlines()[256] == f"{base64.b64encode(texts[0][:2].encode()).decode()} 256"
+        assert (tmp_path / "ranks").read_text().splitlines()[
+            256
+        ] == f"{base64.b64encode(texts[0][:2].encode()).decode()} 256"
 
 
 def test_gpt2s_vocabulary_that_cannot_be_downloaded_is_one_line_with_the_way_out(monkeypatch):
@@ -329,10 +378,16 @@ def test_gpt2s_vocabulary_that_cannot_be_downloaded_is_one_line_with_the_way_out
         data.gpt2_encoding()
 
 
-@pytest.mark.parametrize("prompt, response, told", [
-    ("How?", "Fine.", " Fine."), ("How? ", "Fine.", "Fine."), ("How?\n", "Fine.", "Fine."),
-    ("How?", " Fine.", " Fine."), ("How?", "\nFine.", "\nFine."),
-])
+@pytest.mark.parametrize(
+    "prompt, response, told",
+    [
+        ("How?", "Fine.", " Fine."),
+        ("How? ", "Fine.", "Fine."),
+        ("How?\n", "Fine.", "Fine."),
+        ("How?", " Fine.", " Fine."),
+        ("How?", "\nFine.", "\nFine."),
+    ],
+)
 def test_one_space_is_added_where_neither_side_has_white_space(prompt, response, told):
     news = []
     (e,) = data.tokenize([changed(prompt=prompt, responses=[response], rewards=[1.0])], LETTERS, say=news.append)
@@ -342,7 +397,10 @@ def test_one_space_is_added_where_neither_side_has_white_space(prompt, response,
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_eos():
     news, eos = [], LETTERS.eot_token
-    records = [changed(prompt="abcdef", responses=[" uvw", " xyz!"], rewards=[1, 2]), changed(prompt="pq", responses=[" r"], rewards=[3])]
+    records = [
+        changed(prompt="abcdef", responses=[" uvw", " xyz!"], rewards=[1, 2]),
+        changed(prompt="pq", responses=[" r"], rewards=[3]),
+    ]
     long, short = data.tokenize(records, LETTERS, max_prompt=3, max_response=5, say=news.append)
     assert joined(long.prompt_ids) == "def" and joined(short.prompt_ids) == "pq"
     assert long.response_ids == [[*b" uvw", eos], [*b" xyz!"]] and short.response_ids == [[*b" r", eos]]
@@ -359,8 +417,10 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_e
 
 def make_examples(ref_logps=False):
     """Two lists, S = 7, M = 3, R = 5; id 11 is EOS."""
-    lists = [data.Example("a", [1, 2, 3, 4, 5, 6, 7], [[1, 2, 3, 4, 11], [5, 11], [11]], [0.5, -1.0, 2.0]),
-             data.Example("b", [8, 9, 10], [[6, 7, 8, 11], [1, 2, 3, 4, 5]], [3.0, 0.0])]
+    lists = [
+        data.Example("a", [1, 2, 3, 4, 5, 6, 7], [[1, 2, 3, 4, 11], [5, 11], [11]], [0.5, -1.0, 2.0]),
+        data.Example("b", [8, 9, 10], [[6, 7, 8, 11], [1, 2, 3, 4, 5]], [3.0, 0.0]),
+    ]
     if ref_logps:
         lists[0].ref_logps, lists[1].ref_logps = [-1.0, -2.0, -3.0], [-4.0, -5.0]
     return lists
@@ -369,7 +429,11 @@ def make_examples(ref_logps=False):
 def test_a_batch_holds_every_token_under_its_mask_and_eos_elsewhere():
     examples = make_examples()
     b = data.make_batch(examples, eos=11)
-    assert b.prompt_ids.shape == b.prompt_mask.shape == (2, 7) and b.response_ids.shape == b.response_mask.shape == (2, 3, 5)
+    assert b.prompt_ids.shape == b.prompt_mask.shape == (2, 7) and b.response_ids.shape == b.response_mask.shape == (
+        2,
+        3,
+        5,
+    )
     assert b.prompt_mask.sum(-1).tolist() == [7, 3] and b.response_mask.sum(-1).tolist() == [[5, 2, 1], [4, 5, 0]]
     assert b.candidate_mask.tolist() == [[True, True, True], [True, True, False]]
     assert b.rewards.tolist() == [[0.5, -1.0, 2.0], [3.0, 0.0, 0.0]] and b.ref_logps is None
@@ -378,11 +442,16 @@ def test_a_batch_holds_every_token_under_its_mask_and_eos_elsewhere():
         for j, ids in enumerate(e.response_ids):
             assert b.response_ids[i, j][b.response_mask[i, j]].tolist() == ids
     assert (b.prompt_ids[~b.prompt_mask] == 11).all() and (b.response_ids[~b.response_mask] == 11).all()
-    assert b.rewards.dtype == torch.float32 and all(m.dtype == torch.bool for m in (b.prompt_mask, b.response_mask, b.candidate_mask))
+    assert b.rewards.dtype == torch.float32 and all(
+        m.dtype == torch.bool for m in (b.prompt_mask, b.response_mask, b.candidate_mask)
+    )
 
 
 def test_reference_log_probs_are_batched_where_every_list_has_them():
-    assert data.make_batch(make_examples(ref_logps=True), eos=11).ref_logps.tolist() == [[-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0]]
+    assert data.make_batch(make_examples(ref_logps=True), eos=11).ref_logps.tolist() == [
+        [-1.0, -2.0, -3.0],
+        [-4.0, -5.0, 0.0],
+    ]
     assert data.make_batch(make_examples(ref_logps=True)[:1] + make_examples()[1:], eos=11).ref_logps is None
 
 
@@ -397,7 +466,9 @@ def test_an_epoch_covers_every_example_exactly_once_and_follows_its_generator(n,
     examples = sized_examples(n)
     order = lambda: data.batch_order(examples, batch_size, torch.Generator().manual_seed(seed))
     assert sorted(i for batch in order() for i in batch) == list(range(n))
-    assert sorted(map(len, order())) == sorted([batch_size] * (n // batch_size) + [n % batch_size] * bool(n % batch_size))
+    assert sorted(map(len, order())) == sorted(
+        [batch_size] * (n // batch_size) + [n % batch_size] * bool(n % batch_size)
+    )
     assert order() == order()
 
 
@@ -405,7 +476,9 @@ def test_another_generator_gives_another_order_and_alike_lengths_share_a_batch()
     examples, generator = sized_examples(331), torch.Generator().manual_seed(0)
     one, other = data.batch_order(examples, 7, generator), data.batch_order(examples, 7, generator)
     assert one != other and len({tuple(sorted(b)) for b in one} & {tuple(sorted(b)) for b in other}) < 5
-    spread = lambda batches: sum(max(lengths) - min(lengths) for lengths in ([len(examples[i].prompt_ids) for i in b] for b in batches))
+    spread = lambda batches: sum(
+        max(lengths) - min(lengths) for lengths in ([len(examples[i].prompt_ids) for i in b] for b in batches)
+    )
     assert spread(one) < 0.6 * spread([list(range(i, i + 7)) for i in range(0, 322, 7)])
 
 
@@ -447,7 +520,9 @@ def test_the_rng_draws_the_logged_responses_and_nothing_else(task):
     again, other = data.make_task(task.name, random.Random(0)), data.make_task(task.name, random.Random(1))
     assert again.logged == task.logged and other.logged != task.logged
     assert again.prompts == other.prompts == task.prompts
-    assert [other.reward(r["prompt"], t) for r in task.logged[::11] for t in r["responses"]] == [x for r in task.logged[::11] for x in r["rewards"]]
+    assert [other.reward(r["prompt"], t) for r in task.logged[::11] for t in r["responses"]] == [
+        x for r in task.logged[::11] for x in r["rewards"]
+    ]
 
 
 def test_the_reward_reads_the_prompt(task):
@@ -462,51 +537,74 @@ def test_logged_responses_fit_the_tasks_length(task):
     assert longest <= task.max_response
 
 
-@pytest.mark.parametrize("answer, marks", [
-    ("hot", 5 + 3 * 1.0),
-    ("cold", 5 - 3 * 1.0),
-    ("lovely", 5 + 3 * 0.6),  # general words count less than fitting ones
-    ("very hot", 5 + 3 * 1.5),  # degree
-    ("rather hot", 5 + 3 * 0.5),
-    ("not hot", 5 + 3 * -0.5),  # negation turns and halves
-    ("not cold", 5 + 3 * 0.5),
-    ("not very cold", 5 + 3 * 0.5 * 1.5),
-    ("hot. It was cold", 5.0),  # mean over clauses
-    ("very hot. It was not bad", 5 + 3 * (1.5 + 0.5 * 0.6) / 2),
-    ("hot. It was rich. It was lovely", 5 + 3 * (1 + 1 + 0.6) / 3),
-    ("hot. It was hot", 5 + 3 * 1 / 2),  # a repeated adjective counts once
-    ("hot. It was not hot", 5 + 3 * 1 / 2),
-    ("hot. It was rich. It was fresh. It was heavy", 0.0),  # four clauses
-    ("loud", 0.0),  # off topic
-    ("hot. It was loud", 0.0),
-    ("hot. It was", 0.0),  # broken grammar
-    ("hot it was rich", 0.0),
-    ("hot.It was rich", 0.0),
-    ("very not hot", 0.0),
-    ("very very hot", 0.0),
-    ("not not hot", 0.0),
-    ("very", 0.0),
-    ("Hot", 0.0),
-    ("", 0.0),
-])
+@pytest.mark.parametrize(
+    "answer, marks",
+    [
+        ("hot", 5 + 3 * 1.0),
+        ("cold", 5 - 3 * 1.0),
+        ("lovely", 5 + 3 * 0.6),  # general words count less than fitting ones
+        ("very hot", 5 + 3 * 1.5),  # degree
+        ("rather hot", 5 + 3 * 0.5),
+        ("not hot", 5 + 3 * -0.5),  # negation turns and halves
+        ("not cold", 5 + 3 * 0.5),
+        ("not very cold", 5 + 3 * 0.5 * 1.5),
+        ("hot. It was cold", 5.0),  # mean over clauses
+        ("very hot. It was not bad", 5 + 3 * (1.5 + 0.5 * 0.6) / 2),
+        ("hot. It was rich. It was lovely", 5 + 3 * (1 + 1 + 0.6) / 3),
+        ("hot. It was hot", 5 + 3 * 1 / 2),  # a repeated adjective counts once
+        ("hot. It was not hot", 5 + 3 * 1 / 2),
+        ("hot. It was rich. It was fresh. It was heavy", 0.0),  # four clauses
+        ("loud", 0.0),  # off topic
+        ("hot. It was loud", 0.0),
+        ("hot. It was", 0.0),  # broken grammar
+        ("hot it was rich", 0.0),
+        ("hot.It was rich", 0.0),
+        ("very not hot", 0.0),
+        ("very very hot", 0.0),
+        ("not not hot", 0.0),
+        ("very", 0.0),
+        ("Hot", 0.0),
+        ("", 0.0),
+    ],
+)
 def test_dialogue_marks_of_a_soup(answer, marks):
-    assert TASK["dialogue"].reward("How was the Ashford soup?", f" The Ashford soup was {answer}.") == pytest.approx(marks, abs=1e-6)
+    assert TASK["dialogue"].reward("How was the Ashford soup?", f" The Ashford soup was {answer}.") == pytest.approx(
+        marks, abs=1e-6
+    )
 
 
-@pytest.mark.parametrize("spoilt", [
-    "The Ashford soup was very hot", "The Ashford soup very hot.", "Ashford soup was very hot.", "It was very hot.", "", ".",
-    "The Ashby soup was very hot.", "The Ashford stew was very hot.", "the Ashford soup was very hot.", "The Ashford soup was very hot. Yes.",
-    "The Ashford soup was very hot. It was rich", "The Ashford soup was very hot. The Ashford soup was rich.",
-])
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "The Ashford soup was very hot",
+        "The Ashford soup very hot.",
+        "Ashford soup was very hot.",
+        "It was very hot.",
+        "",
+        ".",
+        "The Ashby soup was very hot.",
+        "The Ashford stew was very hot.",
+        "the Ashford soup was very hot.",
+        "The Ashford soup was very hot. Yes.",
+        "The Ashford soup was very hot. It was rich",
+        "The Ashford soup was very hot. The Ashford soup was rich.",
+    ],
+)
 def test_dialogue_gives_nothing_for_a_lost_word_or_another_subject(spoilt):
     reward = TASK["dialogue"].reward
-    assert reward("How was the Ashford soup?", "The Ashford soup was very hot.") == 9.5 and reward("How was the Ashford soup?", spoilt) == 0
+    assert (
+        reward("How was the Ashford soup?", "The Ashford soup was very hot.") == 9.5
+        and reward("How was the Ashford soup?", spoilt) == 0
+    )
 
 
 def test_dialogue_words_praise_one_thing_and_blame_another():
     reward = TASK["dialogue"].reward
     for question in data.QUESTIONS:
-        marks = [reward(question.format(f"Ashford {thing}"), f"The Ashford {thing} was light.") for thing in ("room", "phone", "soup")]
+        marks = [
+            reward(question.format(f"Ashford {thing}"), f"The Ashford {thing} was light.")
+            for thing in ("room", "phone", "soup")
+        ]
         assert marks == [8.0, 8.0, 2.0]
     specific = {w for s in data.SENTIMENT.values() for w in s} - set(data.GENERAL)
     both = {w for w in specific if len({s[w] for s in data.SENTIMENT.values() if w in s}) == 2}
@@ -522,23 +620,26 @@ def test_dialogue_marks_range_from_half_a_mark_to_nine_and_a_half_and_one_answer
 POST = "We went to Ashford. There is a fair. We missed the zoo. We saw the market. Thanks for reading. There is no school. TL;DR:"
 
 
-@pytest.mark.parametrize("tldr, reward", [
-    ("Ashford: fair, market.", 2 - 0.1 * 3),
-    (" Ashford: market, fair.", 2 - 0.1 * 3),
-    ("Ashford: fair.", 1 - 0.1 * 2),
-    ("Ashford: fair, castle.", 1 - 1 - 0.1 * 3),  # invented
-    ("Ashford: fair, zoo.", 1 - 1 - 0.1 * 3),  # denied, so no fact
-    ("Ashford: school.", -1 - 0.1 * 2),
-    ("Ashford: fair, fair.", 1 - 0.1 * 3),  # a fact counts once
-    ("Ashford: castle, castle.", -2 - 0.1 * 3),  # an invention each time
-    ("Ashford: fair, anyway, basically.", 1 - 0.1 * 4),  # fillers cost their length
-    ("Ashford: fair, thanks for reading.", 1 - 0.1 * 5),
-    ("Ashford: Fair, fair market.", -2 - 0.1 * 4),
-    ("Ashby: fair, market.", -2 - 0.1 * 3),  # wrong place
-    ("Ashby: anyway.", -0.1 * 2),
-    ("Ashford: fair, market", -2 - 0.1 * 3),  # broken form
-    ("fair, market: Ashford.", -1 - 0.1 * 3),
-])
+@pytest.mark.parametrize(
+    "tldr, reward",
+    [
+        ("Ashford: fair, market.", 2 - 0.1 * 3),
+        (" Ashford: market, fair.", 2 - 0.1 * 3),
+        ("Ashford: fair.", 1 - 0.1 * 2),
+        ("Ashford: fair, castle.", 1 - 1 - 0.1 * 3),  # invented
+        ("Ashford: fair, zoo.", 1 - 1 - 0.1 * 3),  # denied, so no fact
+        ("Ashford: school.", -1 - 0.1 * 2),
+        ("Ashford: fair, fair.", 1 - 0.1 * 3),  # a fact counts once
+        ("Ashford: castle, castle.", -2 - 0.1 * 3),  # an invention each time
+        ("Ashford: fair, anyway, basically.", 1 - 0.1 * 4),  # fillers cost their length
+        ("Ashford: fair, thanks for reading.", 1 - 0.1 * 5),
+        ("Ashford: Fair, fair market.", -2 - 0.1 * 4),
+        ("Ashby: fair, market.", -2 - 0.1 * 3),  # wrong place
+        ("Ashby: anyway.", -0.1 * 2),
+        ("Ashford: fair, market", -2 - 0.1 * 3),  # broken form
+        ("fair, market: Ashford.", -1 - 0.1 * 3),
+    ],
+)
 def test_summary_rewards_of_a_post(tldr, reward):
     assert TASK["summary"].reward(POST, tldr) == pytest.approx(reward, abs=1e-6)
 
@@ -560,12 +661,24 @@ def test_summary_parts_add_up_to_its_reward():
             assert reward == pytest.approx(p["covered"] - p["invented"] - 0.1 * p["words"])
 
 
-@pytest.mark.parametrize("name, prompt, one, other", [
-    ("dialogue", "How was the Ashford soup?", "The Ashford soup was hot. It was not cold.", "The Ashford soup was cold. It was not hot."),
-    ("dialogue", "How was the Ashford room?", "The Ashford room was very hot. It was rather good.",
-     "The Ashford room was rather hot. It was very good."),
-    ("summary", POST, "Ashford: fair, market.", "fair: Ashford, market."),
-])
+@pytest.mark.parametrize(
+    "name, prompt, one, other",
+    [
+        (
+            "dialogue",
+            "How was the Ashford soup?",
+            "The Ashford soup was hot. It was not cold.",
+            "The Ashford soup was cold. It was not hot.",
+        ),
+        (
+            "dialogue",
+            "How was the Ashford room?",
+            "The Ashford room was very hot. It was rather good.",
+            "The Ashford room was rather hot. It was very good.",
+        ),
+        ("summary", POST, "Ashford: fair, market.", "fair: Ashford, market."),
+    ],
+)
 def test_the_reward_is_no_bag_of_words(name, prompt, one, other):
     words = lambda text: Counter(re.findall(r"\w+|[^\w\s]", text))
     assert words(one) == words(other) and TASK[name].reward(prompt, one) != TASK[name].reward(prompt, other)
@@ -574,10 +687,19 @@ def test_the_reward_is_no_bag_of_words(name, prompt, one, other):
 # ---------------------------------------------------------------------------------------------------------------------- tiny
 
 
-@pytest.mark.parametrize("answer, reward", [
-    ("deep", 1), ("deep wide wild", 3), (" wild deep wide", 3), ("calm", -0.5), ("calm cold old", -1.5),
-    ("deep calm", 0.5), ("deep deep", 0.5), ("deep deep deep", 0),  # a fitting word counts once
-])
+@pytest.mark.parametrize(
+    "answer, reward",
+    [
+        ("deep", 1),
+        ("deep wide wild", 3),
+        (" wild deep wide", 3),
+        ("calm", -0.5),
+        ("calm cold old", -1.5),
+        ("deep calm", 0.5),
+        ("deep deep", 0.5),
+        ("deep deep deep", 0),  # a fitting word counts once
+    ],
+)
 def test_tiny_rewards_of_the_sea(answer, reward):
     assert TASK["tiny"].reward("What is the sea like?", answer) == reward
 

@@ -24,7 +24,9 @@ def problem(B=5, M=7, seed=0):
 
 
 def close(a, b, tol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol
+    )
 
 
 def reward_of(logps, rewards):
@@ -121,9 +123,13 @@ def test_kl_divergence_by_hand():
 def test_shapes_that_would_broadcast_and_impossible_tau_are_refused():
     ref_logps, rewards = problem()
     for wrong in (rewards[:, :1], rewards[:1], rewards[0], rewards.T, rewards[..., None]):
-        for call in (lambda w: dro.optimal_value(ref_logps, w, 1.0), lambda w: dro.optimal_logps(w, rewards, 1.0),
-                     lambda w: dro.kl_divergence(ref_logps, w), lambda w: dro.frontier(ref_logps, ref_logps, w),
-                     lambda w: dro.frontier(ref_logps, w, rewards)):
+        for call in (
+            lambda w: dro.optimal_value(ref_logps, w, 1.0),
+            lambda w: dro.optimal_logps(w, rewards, 1.0),
+            lambda w: dro.kl_divergence(ref_logps, w),
+            lambda w: dro.frontier(ref_logps, ref_logps, w),
+            lambda w: dro.frontier(ref_logps, w, rewards),
+        ):
             with pytest.raises(ValueError, match="one shape"):
                 call(wrong)
     for tau in (0.0, -1.0, math.nan):
@@ -174,13 +180,19 @@ def test_no_random_policy_beats_the_optimum_of_its_kl():
         tau = oracle.tau_at_kl(ref_logps.exp().numpy(), rewards.numpy(), mean_kl(logps, ref_logps))
         best = [oracle.tilt(b, r, tau) @ r for b, r in zip(ref_logps.exp().numpy(), rewards.numpy())]
         assert f.efficiency < 1 and f.optimal_reward == pytest.approx(sum(best) / 3, abs=1e-6)
-        assert f.policy_reward == pytest.approx(reward_of(logps, rewards)) and f.reference_reward == pytest.approx(reward_of(ref_logps, rewards))
-        assert f.efficiency == pytest.approx((f.policy_reward - f.reference_reward) / (f.optimal_reward - f.reference_reward))
+        assert f.policy_reward == pytest.approx(reward_of(logps, rewards)) and f.reference_reward == pytest.approx(
+            reward_of(ref_logps, rewards)
+        )
+        assert f.efficiency == pytest.approx(
+            (f.policy_reward - f.reference_reward) / (f.optimal_reward - f.reference_reward)
+        )
 
 
 def test_one_tau_for_all_prompts_beats_the_same_kl_spent_on_each_prompt():
     ref_logps, rewards = problem(B=2)
-    rewards = rewards * torch.tensor([[0.2], [5.0]], dtype=torch.float64)  # little to gain at one prompt, much at the other
+    rewards = rewards * torch.tensor(
+        [[0.2], [5.0]], dtype=torch.float64
+    )  # little to gain at one prompt, much at the other
     K = 0.4
     each = [dro.tau_at_kl(ref_logps[i : i + 1], rewards[i : i + 1], K) for i in range(2)]
     matched = torch.cat([dro.optimal_logps(ref_logps[i : i + 1], rewards[i : i + 1], each[i]) for i in range(2)])
@@ -280,7 +292,10 @@ def test_reference_samples_alone_flatter():
 def test_the_frontier_is_the_same_for_the_same_seed_and_its_standard_error_is_the_spread_over_prompts():
     ref_logps, rewards = problem(B=2000, M=5)
     logps = (ref_logps + rewards / 2 + problem(B=2000, M=5, seed=1)[1] / 4).log_softmax(-1)
-    fifty = [dro.frontier(ref_logps[i : i + 50], logps[i : i + 50], rewards[i : i + 50], resamples=60) for i in range(0, 2000, 50)]
+    fifty = [
+        dro.frontier(ref_logps[i : i + 50], logps[i : i + 50], rewards[i : i + 50], resamples=60)
+        for i in range(0, 2000, 50)
+    ]
     assert fifty[0] == dro.frontier(ref_logps[:50], logps[:50], rewards[:50], resamples=60)
     for value, se in (("efficiency", "efficiency_se"), ("optimal_reward", "optimal_reward_se")):
         spread = torch.tensor([getattr(f, value) for f in fifty]).std().item()

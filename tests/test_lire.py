@@ -39,7 +39,9 @@ def gradient(loss, logps, *rest):
 
 
 def close(a, b, tol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol
+    )
 
 
 def one_list(*rows):
@@ -65,7 +67,10 @@ def test_worked_example_with_the_softmax_rewards_of_the_released_code():
     R = [math.e / z, 1 / z, 1 / (math.e * z)]
     close(lire.transform_rewards(r, mask, "softmax"), [R])
     numerator = math.exp(-3 / 2) * R[0] + math.exp(-5 / 2) * R[1] + math.exp(-4 / 2) * R[2]
-    close(lire.lire_loss(s, torch.tensor([R], dtype=torch.float64), mask, T), [-numerator / (math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2))])
+    close(
+        lire.lire_loss(s, torch.tensor([R], dtype=torch.float64), mask, T),
+        [-numerator / (math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2))],
+    )
 
 
 def test_two_candidates_learn_by_a_tanh_of_the_reward_gap():
@@ -88,9 +93,14 @@ def test_a_badly_misranked_pair_teaches_nothing():
 def test_values_and_gradients_equal_the_oracle(temperature):
     logps, rewards, mask = make_lists(seed=3)
     args = logps, rewards, mask, temperature
-    close(lire.candidate_probs(logps, mask, temperature), judged(lambda s: oracle.candidate_probs(s, temperature), mask, logps))
+    close(
+        lire.candidate_probs(logps, mask, temperature),
+        judged(lambda s: oracle.candidate_probs(s, temperature), mask, logps),
+    )
     close(lire.lire_loss(*args), judged(lambda s, R: oracle.lire_loss(s, R, temperature), mask, logps, rewards))
-    close(gradient(lire.lire_loss, *args), judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards))
+    close(
+        gradient(lire.lire_loss, *args), judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards)
+    )
     close(lire.lire_grad(*args), gradient(lire.lire_loss, *args))
 
 
@@ -146,7 +156,9 @@ def test_cold_lists_are_one_hot_and_teach_nothing():
 def test_cold_gradient_grows_as_one_over_temperature_at_a_tie():
     s, r, mask = one_list((-3.0, -3.0, -5.0), RAW)
     for temperature in (0.1, 0.01):
-        close(temperature * lire.lire_grad(s, r, mask, temperature), [[-0.25, 0.25, 0.0]], 1e-6)  # -P (R - mean), P = 1/2
+        close(
+            temperature * lire.lire_grad(s, r, mask, temperature), [[-0.25, 0.25, 0.0]], 1e-6
+        )  # -P (R - mean), P = 1/2
 
 
 def test_hot_lists_are_reinforce_with_the_mean_as_baseline():
@@ -181,7 +193,10 @@ def test_with_softmax_rewards_the_loss_lies_between_minus_1_and_0():
 
 def test_it_is_minimum_risk_training_with_alpha_1_over_temperature():
     logps, rewards, mask = make_lists()
-    close(lire.lire_loss(logps, rewards, mask, T), judged(lambda s, R: oracle.mrt_risk(np.exp(s), -R, 1 / T), mask, logps, rewards))
+    close(
+        lire.lire_loss(logps, rewards, mask, T),
+        judged(lambda s, R: oracle.mrt_risk(np.exp(s), -R, 1 / T), mask, logps, rewards),
+    )
 
 
 @pytest.mark.parametrize("tokens, largest", [(5, 0.50), (20, 0.70), (50, 0.81), (128, 0.88)])
@@ -210,7 +225,9 @@ def test_padded_slots_of_the_sft_term_may_hold_anything(poison):
     logps, rewards, mask = make_lists(padding=poison)
     lengths = torch.full((5, 7), 3.0).masked_fill(~mask, 0 if math.isnan(poison) else poison)
     clean, clean_rewards, _ = make_lists()
-    assert torch.equal(lire.sft_loss(logps, lengths, rewards, mask), lire.sft_loss(clean, torch.full((5, 7), 3.0), clean_rewards, mask))
+    assert torch.equal(
+        lire.sft_loss(logps, lengths, rewards, mask), lire.sft_loss(clean, torch.full((5, 7), 3.0), clean_rewards, mask)
+    )
     assert (gradient(lire.sft_loss, logps, lengths, rewards, mask)[~mask] == 0).all()
 
 
@@ -226,10 +243,16 @@ def test_a_ragged_list_scores_as_it_does_alone():
 def test_shapes_that_would_broadcast_are_refused():
     logps, rewards, mask = make_lists()
     for wrong in (rewards[:, :1], rewards[:1], rewards[0], rewards.T, rewards[..., None]):
-        for call in (lambda w: lire.lire_loss(logps, w, mask, T), lambda w: lire.lire_loss(w, rewards, mask, T),
-                     lambda w: lire.lire_grad(logps, w, mask, T), lambda w: lire.lire_loss(logps, rewards, w > 0, T),
-                     lambda w: lire.candidate_probs(w, mask, T), lambda w: lire.transform_rewards(w, mask, "none"),
-                     lambda w: lire.sft_loss(logps, w, rewards, mask), lambda w: lire.sft_loss(logps, rewards, w, mask)):
+        for call in (
+            lambda w: lire.lire_loss(logps, w, mask, T),
+            lambda w: lire.lire_loss(w, rewards, mask, T),
+            lambda w: lire.lire_grad(logps, w, mask, T),
+            lambda w: lire.lire_loss(logps, rewards, w > 0, T),
+            lambda w: lire.candidate_probs(w, mask, T),
+            lambda w: lire.transform_rewards(w, mask, "none"),
+            lambda w: lire.sft_loss(logps, w, rewards, mask),
+            lambda w: lire.sft_loss(logps, rewards, w, mask),
+        ):
             with pytest.raises(ValueError, match="one shape"):
                 call(wrong)
     with pytest.raises(ValueError):
@@ -254,13 +277,20 @@ def test_half_precision_is_computed_in_float32(dtype):
 @pytest.mark.parametrize("how", ["softmax", "zscore"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rewards_are_transformed_in_float32(dtype, how):
-    rewards, mask = torch.tensor([[300.0, -300.0, 100.0], [0.5, 0.25, -1.0]]).to(dtype), torch.ones(2, 3, dtype=torch.bool)
-    close(lire.transform_rewards(rewards, mask, how).double(), lire.transform_rewards(rewards.double(), mask, how), 1e-6)
+    rewards, mask = (
+        torch.tensor([[300.0, -300.0, 100.0], [0.5, 0.25, -1.0]]).to(dtype),
+        torch.ones(2, 3, dtype=torch.bool),
+    )
+    close(
+        lire.transform_rewards(rewards, mask, how).double(), lire.transform_rewards(rewards.double(), mask, how), 1e-6
+    )
 
 
 def test_float64_stays_float64():
     logps, rewards, mask = make_lists()
-    assert lire.lire_loss(logps, rewards, mask, T).dtype == lire.lire_grad(logps, rewards, mask, T).dtype == torch.float64
+    assert (
+        lire.lire_loss(logps, rewards, mask, T).dtype == lire.lire_grad(logps, rewards, mask, T).dtype == torch.float64
+    )
     assert lire.transform_rewards(rewards, mask, "zscore").dtype == torch.float64
 
 
@@ -282,7 +312,10 @@ def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
 @pytest.mark.parametrize("M", [1, 3, 7, 11])
 @pytest.mark.parametrize("value", [0.0, 0.1, -2.7, 1e6])
 def test_zscore_of_equal_rewards_is_0(value, M):
-    close(lire.transform_rewards(torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"), torch.zeros(1, M))
+    close(
+        lire.transform_rewards(torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"),
+        torch.zeros(1, M),
+    )
 
 
 def test_softmax_rewards_ignore_a_shift_and_survive_large_numbers():
@@ -336,7 +369,15 @@ def run_self_enhancement(evolve, iterate):
 def test_each_round_samples_the_current_policy_scores_once_and_trains_on_a_fixed_pool():
     first, second = [["chosen", "rejected", "a0"], ["own", "b0"]], [["chosen", "rejected", "a2"], ["own", "b2"]]
     assert run_self_enhancement(evolve=2, iterate=2) == [
-        "sample 0", "score", (0, 0, first), (0, 1, first), "sample 1", "score", (1, 0, second), (1, 1, second)]
+        "sample 0",
+        "score",
+        (0, 0, first),
+        (0, 1, first),
+        "sample 1",
+        "score",
+        (1, 0, second),
+        (1, 1, second),
+    ]
 
 
 def test_without_evolve_steps_it_trains_on_the_datasets_own_responses():
@@ -367,7 +408,9 @@ def with_gradient(wrong):
 
 def reward_weighted(baseline):
     """A surrogate whose gradient is -(1/T) P_j (R_j - baseline)."""
-    return with_gradient(lambda s, R, m, T: -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1))
+    return with_gradient(
+        lambda s, R, m, T: -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1)
+    )
 
 
 WRONG = {
@@ -386,10 +429,14 @@ WRONG = {
     "padded log-probs set to 0": lambda s, R, m, T: -((s * m / T).softmax(-1) * R * m).sum(-1),
     "un-normalised softmax": lambda s, R, m, T: -((s / T).exp() * m * R).sum(-1),
     "softmax over the batch axis": lambda s, R, m, T: -(softmax(s / T, m, dim=0) * R).sum(-1),
-    "one softmax over the whole batch": lambda s, R, m, T: -(softmax((s / T).flatten(), m.flatten()).view_as(s) * R).sum(-1),
+    "one softmax over the whole batch": lambda s, R, m, T: (
+        -(softmax((s / T).flatten(), m.flatten()).view_as(s) * R).sum(-1)
+    ),
     "log P for P": lambda s, R, m, T: -(softmax(s / T, m).clamp_min(1e-9).log() * R * m).sum(-1),
     "softmax taken twice": lambda s, R, m, T: -(softmax(softmax(s / T, m), m) * R).sum(-1),
-    "likelihood of the best response": lambda s, R, m, T: -softmax(s / T, m).gather(-1, R.masked_fill(~m, -9).argmax(-1, True)).squeeze(-1),
+    "likelihood of the best response": lambda s, R, m, T: (
+        -softmax(s / T, m).gather(-1, R.masked_fill(~m, -9).argmax(-1, True)).squeeze(-1)
+    ),
     "rewards softmaxed unasked": lambda s, R, m, T: -(softmax(s / T, m) * softmax(R, m)).sum(-1),
     "rewards and scores exchanged": lambda s, R, m, T: lire.lire_loss(R, s, m, T),
     "rewards of the next list": lambda s, R, m, T: lire.lire_loss(s, R.roll(1, 0), m, T),

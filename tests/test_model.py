@@ -18,7 +18,9 @@ EOS = V - 1
 def random_model(dtype=torch.float64, seed=0, scale=0.3, **config):
     """A small GPT with every parameter random, biases and norms too, so that none of them can be forgotten unseen."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{"vocab_size": V, "context": 13, "layers": 2, "heads": 2, "width": 8, "eos": EOS} | config)).to(dtype)
+    model = GPT(
+        GPTConfig(**{"vocab_size": V, "context": 13, "layers": 2, "heads": 2, "width": 8, "eos": EOS} | config)
+    ).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=scale)
@@ -42,8 +44,14 @@ def ragged_batch():
 def with_random_padding(batch, seed):
     generator = torch.Generator().manual_seed(seed)
     noise = lambda ids, mask: torch.where(mask, ids, torch.randint(V, ids.shape, generator=generator))
-    return data.Batch(noise(batch.prompt_ids, batch.prompt_mask), batch.prompt_mask, noise(batch.response_ids, batch.response_mask),
-                      batch.response_mask, batch.candidate_mask, batch.rewards)
+    return data.Batch(
+        noise(batch.prompt_ids, batch.prompt_mask),
+        batch.prompt_mask,
+        noise(batch.response_ids, batch.response_mask),
+        batch.response_mask,
+        batch.candidate_mask,
+        batch.rewards,
+    )
 
 
 def plain_logits(model, ids):
@@ -92,7 +100,12 @@ def test_logits_equal_those_of_every_response_alone():
     for i, j, x, y in candidates():
         torch.testing.assert_close(logits[i, j, : len(y)], logits_alone(model, x, y), rtol=1e-10, atol=1e-10)
         one = make_batch([Example("", x, [y], [0.0])], EOS)  # the same model, B = M = 1 and nothing padded
-        torch.testing.assert_close(logits[i, j, : len(y)], model(one.prompt_ids, one.prompt_mask, one.response_ids)[0, 0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            logits[i, j, : len(y)],
+            model(one.prompt_ids, one.prompt_mask, one.response_ids)[0, 0],
+            rtol=1e-10,
+            atol=1e-10,
+        )
 
 
 def test_gradients_equal_those_of_every_response_alone():
@@ -100,9 +113,13 @@ def test_gradients_equal_those_of_every_response_alone():
     weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     once = gradients(model, (weights * logits)[batch.response_mask].sum())
-    alone = gradients(model, sum((weights[i, j, : len(y)] * logits_alone(model, x, y)).sum() for i, j, x, y in candidates()))
+    alone = gradients(
+        model, sum((weights[i, j, : len(y)] * logits_alone(model, x, y)).sum() for i, j, x, y in candidates())
+    )
     for name in once:
-        torch.testing.assert_close(once[name], alone[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            once[name], alone[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_logps_and_their_gradients_equal_those_of_every_response_alone():
@@ -116,21 +133,27 @@ def test_logps_and_their_gradients_equal_those_of_every_response_alone():
     once = gradients(model, (weights * logps).sum())
     alone = gradients(model, sum(weights[i, j] * logps_alone(model, x, y) for i, j, x, y in candidates()))
     for name in once:
-        torch.testing.assert_close(once[name], alone[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            once[name], alone[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_padding_changes_nothing(seed):
     model, batch = random_model(torch.float32), ragged_batch()
     noisy = with_random_padding(batch, seed)
-    assert not torch.equal(noisy.prompt_ids, batch.prompt_ids) and not torch.equal(noisy.response_ids, batch.response_ids)
+    assert not torch.equal(noisy.prompt_ids, batch.prompt_ids) and not torch.equal(
+        noisy.response_ids, batch.response_ids
+    )
     logps, noisy_logps = response_logps(model, batch), response_logps(model, noisy)
     torch.testing.assert_close(noisy_logps, logps, rtol=0, atol=1e-6)
     weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
     clean, dirty = gradients(model, (weights * logps).sum()), gradients(model, (weights * noisy_logps).sum())
     for name in clean:
         torch.testing.assert_close(dirty[name], clean[name], rtol=1e-5, atol=1e-5)
-    longer = make_batch([*ragged_examples(), Example("", [1] * 8, [[1] * 5] * 4, [0.0] * 4)], EOS)  # more padding: S = 8, M = 4
+    longer = make_batch(
+        [*ragged_examples(), Example("", [1] * 8, [[1] * 5] * 4, [0.0] * 4)], EOS
+    )  # more padding: S = 8, M = 4
     torch.testing.assert_close(response_logps(model, longer)[:B, :M], logps, rtol=0, atol=1e-5)
 
 
@@ -141,7 +164,9 @@ def test_prompt_states_and_the_first_prediction():
     assert states.shape == (B, S, 8) and hidden.shape == (B, M, R, 8)
     for i, e in enumerate(ragged_examples()):
         n = len(e.prompt_ids)
-        torch.testing.assert_close(states[i, :n] @ model.wte.weight.T, plain_logits(model, torch.tensor(e.prompt_ids)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            states[i, :n] @ model.wte.weight.T, plain_logits(model, torch.tensor(e.prompt_ids)), rtol=1e-10, atol=1e-10
+        )
         for j in range(M):  # the last real prompt token predicts the first token of every response
             torch.testing.assert_close(hidden[i, j, 0], states[i, n - 1], rtol=1e-10, atol=1e-10)
 
@@ -179,7 +204,9 @@ def test_positions_continue_the_true_length_of_the_prompt():
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     read = gradients(model, (logits[1] ** 2).sum())["wpe.weight"].abs().sum(-1) > 0
     assert read.tolist() == [True] * 7 + [False] * 6
-    with torch.no_grad():  # the last position of all, read alone by the response, is the one that moves its last prediction
+    with (
+        torch.no_grad()
+    ):  # the last position of all, read alone by the response, is the one that moves its last prediction
         model.wpe.weight[6] += torch.arange(8.0)
     moved = (model(batch.prompt_ids, batch.prompt_mask, batch.response_ids) - logits)[1, 0].abs().amax(-1) > 1e-6
     assert moved.tolist() == [False] * 4 + [True]
@@ -247,8 +274,15 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
     allowed = data.allowed_tokens(task, enc)
     with torch.no_grad():
         assert (response_logps(model.float(), batch, allowed).double().exp().sum(-1) - 1).abs().max() < 1e-6
-        logits = model.double()(batch.prompt_ids, batch.prompt_mask, batch.response_ids).masked_fill(~allowed, -math.inf)
-    logps = logits.log_softmax(-1).gather(-1, batch.response_ids[..., None])[..., 0].masked_fill(~batch.response_mask, 0).sum(-1)
+        logits = model.double()(batch.prompt_ids, batch.prompt_mask, batch.response_ids).masked_fill(
+            ~allowed, -math.inf
+        )
+    logps = (
+        logits.log_softmax(-1)
+        .gather(-1, batch.response_ids[..., None])[..., 0]
+        .masked_fill(~batch.response_mask, 0)
+        .sum(-1)
+    )
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-12
     if scale:
         assert logps.exp().std() > 1e-4  # far from the uniform that would sum to one by itself
@@ -260,7 +294,9 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
 FIVE = dict(vocab_size=5, eos=4, context=8, scale=0.5)
 FIVE_PROMPTS = torch.tensor([[1, 2, 3], [3, 0, 4]]), torch.tensor([[True, True, True], [True, True, False]])
 # every response of at most 3 of 5 tokens: 1 + 4 + 16 that end with EOS, 64 truncated
-FIVE_RESPONSES = [[*ws, *end] for n, end in ((0, [4]), (1, [4]), (2, [4]), (3, [])) for ws in itertools.product(range(4), repeat=n)]
+FIVE_RESPONSES = [
+    [*ws, *end] for n, end in ((0, [4]), (1, [4]), (2, [4]), (3, [])) for ws in itertools.product(range(4), repeat=n)
+]
 
 
 def as_lists(ids, mask):
@@ -270,7 +306,9 @@ def as_lists(ids, mask):
 
 def enumerated_probs(model, prompts=FIVE_PROMPTS):
     """[B, 85]: the probability of every response, by scoring them."""
-    rows = [Example("", x[: int(n)].tolist(), FIVE_RESPONSES, [0.0] * 85) for x, n in zip(prompts[0], prompts[1].sum(1))]
+    rows = [
+        Example("", x[: int(n)].tolist(), FIVE_RESPONSES, [0.0] * 85) for x, n in zip(prompts[0], prompts[1].sum(1))
+    ]
     with torch.no_grad():
         return response_logps(model, make_batch(rows, 4)).double().exp()
 
@@ -364,12 +402,16 @@ def test_next_token_probs_by_hand():
     check(next_token_probs(logits), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
     check(cut(top_k=2), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]])
     check(cut(top_k=9), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
-    check(cut(top_p=0.65), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]])  # .4 + .3 and .6 + .25 are the first to reach it
+    check(
+        cut(top_p=0.65), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
+    )  # .4 + .3 and .6 + .25 are the first to reach it
     check(cut(top_p=0.55), [[0, 4 / 7, 0, 3 / 7], [0, 0, 1, 0]])
     check(cut(top_p=0.35), [[0, 1, 0, 0], [0, 0, 1, 0]])
     check(cut(top_p=0.93), [[0.1, 0.4, 0.2, 0.3], [25 / 95, 0, 60 / 95, 10 / 95]])
     assert (next_token_probs(torch.zeros(1, 4), top_p=0.5) > 0).sum() == 2  # two quarters reach a half
-    check(cut(top_k=3, top_p=0.7), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]])  # p of what top_k left: 4/9 + 3/9; 60/95 + 25/95
+    check(
+        cut(top_k=3, top_p=0.7), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
+    )  # p of what top_k left: 4/9 + 3/9; 60/95 + 25/95
     check(cut(allowed=torch.tensor([True, False, True, False])), [[1 / 3, 0, 2 / 3, 0], [25 / 85, 0, 60 / 85, 0]])
     check(cut(allowed=torch.tensor([True, True, False, True]), top_k=1), [[0, 1, 0, 0], [1, 0, 0, 0]])
 
@@ -379,7 +421,9 @@ def test_samples_stay_inside_what_is_possible(options, possible):
     """Every token drawn is one that next_token_probs gives a share, and the shares are right for the first token."""
     model = random_model(torch.float32, **FIVE)
     if "allowed" in options:
-        options = {"allowed": torch.tensor([[True, False, True, True, False]] * 2 + [[False, True, False, False, True]])}
+        options = {
+            "allowed": torch.tensor([[True, False, True, True, False]] * 2 + [[False, True, False, False, True]])
+        }
     lists = as_lists(*sample(model, *FIVE_PROMPTS, 4000, 3, torch.Generator().manual_seed(3), **options))
     for x, n, row in zip(FIVE_PROMPTS[0].tolist(), (3, 2), lists):
         for y in {tuple(y) for y in row}:
@@ -421,30 +465,54 @@ def test_decoding_step_by_step_gives_the_scoring_logits():
 
 
 def test_logits_equal_transformers_gpt2():
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here: pip install transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is the oracle here: pip install transformers"
+    )
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=V, n_positions=13, n_embd=8, n_layer=2, n_head=2, initializer_range=0.5,
-                                     bos_token_id=EOS, eos_token_id=EOS)
+    config = transformers.GPT2Config(
+        vocab_size=V,
+        n_positions=13,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.5,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+    )
     oracle = transformers.GPT2LMHeadModel(config).double().eval()
     with torch.no_grad():
         for p in oracle.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)  # biases and norms too
     model = GPT(GPTConfig(vocab_size=V, context=13, layers=2, heads=2, width=8, eos=EOS)).double()
     weights = {name: p for name, p in oracle.transformer.named_parameters()}
-    model.load_state_dict({name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p for name, p in weights.items()})
+    model.load_state_dict(
+        {
+            name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
+            for name, p in weights.items()
+        }
+    )
     batch = ragged_batch()
     with torch.no_grad():
         logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
         for i, j, x, y in candidates():
             theirs = oracle(torch.tensor([x + y])).logits[0]  # [len(x) + len(y), V]
             torch.testing.assert_close(plain_logits(model, torch.tensor(x + y)), theirs, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(model.head(model.encode(torch.tensor([x + y]), None))[0], theirs, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                model.head(model.encode(torch.tensor([x + y]), None))[0], theirs, rtol=1e-6, atol=1e-6
+            )
             torch.testing.assert_close(logits[i, j, : len(y)], theirs[len(x) - 1 : -1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("prompt, responses", [
-    ([3], [[EOS]]), ([3], [[4, EOS]]), ([1, 2, 3], [[EOS]]), ([3], [[4], [5], [EOS]]), ([3] * 8, [[4] * 5]),
-])
+@pytest.mark.parametrize(
+    "prompt, responses",
+    [
+        ([3], [[EOS]]),
+        ([3], [[4, EOS]]),
+        ([1, 2, 3], [[EOS]]),
+        ([3], [[4], [5], [EOS]]),
+        ([3] * 8, [[4] * 5]),
+    ],
+)
 def test_smallest_and_largest_sizes(prompt, responses):
     """S = 1, R = 1, M = 1, each alone and together, and S + R = the whole context."""
     model = random_model()
@@ -452,9 +520,16 @@ def test_smallest_and_largest_sizes(prompt, responses):
     logits, step = model.decode(batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1])
     for j, y in enumerate(responses):
         expected = logits_alone(model, prompt, y)
-        torch.testing.assert_close(model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[0, j, : len(y)], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[0, j, : len(y)],
+            expected,
+            rtol=1e-10,
+            atol=1e-10,
+        )
         torch.testing.assert_close(logits[j], expected[0], rtol=1e-10, atol=1e-10)
-    ids, mask = sample(model, batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1], torch.Generator())
+    ids, mask = sample(
+        model, batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1], torch.Generator()
+    )
     assert ids.shape[:2] == (1, len(responses)) and mask[..., 0].all()
 
 
@@ -477,7 +552,9 @@ def test_bfloat16_autocast_scores_in_float32():
     assert not torch.equal(logps, exact)
     length = batch.response_mask.sum(-1)
     assert ((logps - exact).abs() <= 0.05 * length).all()  # bfloat16 keeps 8 bits: some hundredths of a nat a token
-    assert response_logps(model.bfloat16(), batch).dtype == torch.float32  # weights in bfloat16, the log-softmax still is not
+    assert (
+        response_logps(model.bfloat16(), batch).dtype == torch.float32
+    )  # weights in bfloat16, the log-softmax still is not
 
 
 def test_initialisation_is_gpt2s_at_gpt2s_width():
@@ -497,7 +574,14 @@ def test_initial_loss_is_near_log_v():
     config = GPTConfig()
     model = GPT(config)
     ids = torch.randint(config.vocab_size, (16, 2, 40))
-    batch = data.Batch(ids[:, 0], torch.ones(16, 40, dtype=torch.bool), ids[:, 1:, :20], torch.ones(16, 1, 20, dtype=torch.bool), None, None)
+    batch = data.Batch(
+        ids[:, 0],
+        torch.ones(16, 40, dtype=torch.bool),
+        ids[:, 1:, :20],
+        torch.ones(16, 1, 20, dtype=torch.bool),
+        None,
+        None,
+    )
     loss = -response_logps(model, batch).mean().item() / 20
     assert abs(loss - math.log(config.vocab_size)) < 0.3
 
@@ -523,9 +607,10 @@ def test_the_same_on_a_gpu():
         torch.testing.assert_close(gradient.cpu(), cpu_gradients[name], rtol=1e-3, atol=1e-3)
     model = random_model(torch.float32, **FIVE)
     probs = enumerated_probs(model)
-    lists = as_lists(*sample(model.cuda(), *(x.cuda() for x in FIVE_PROMPTS), 6000, 3, torch.Generator("cuda").manual_seed(1)))
+    lists = as_lists(
+        *sample(model.cuda(), *(x.cuda() for x in FIVE_PROMPTS), 6000, 3, torch.Generator("cuda").manual_seed(1))
+    )
     for i in range(2):
         assert chi_square(lists[i], probs[i]) < 84 + 5 * 13
     with torch.autocast("cuda", torch.bfloat16):
         assert response_logps(random_model(torch.float32).cuda(), batch).dtype == torch.float32
-

@@ -21,8 +21,19 @@ import train
 from train import Config, ConfigError
 
 ROOT = Path(train.__file__).parent
-SMALL = {"task": "tiny", "reference_steps": 40, "steps": 12, "evolve": 2, "batch_size": 4, "eval_prompts": 6, "eval_samples": 16, "eval_every": 4,
-         "layers": 1, "heads": 2, "width": 32}
+SMALL = {
+    "task": "tiny",
+    "reference_steps": 40,
+    "steps": 12,
+    "evolve": 2,
+    "batch_size": 4,
+    "eval_prompts": 6,
+    "eval_samples": 16,
+    "eval_every": 4,
+    "layers": 1,
+    "heads": 2,
+    "width": 32,
+}
 
 
 def small(folder, **settings) -> Config:
@@ -54,22 +65,44 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_what_it_promises(finished):
     folder, metrics = finished
-    assert {"config.json", "log.jsonl", "metrics.json", "samples.txt", "checkpoint.pt", "reference.pt", "tokenizer.txt"} <= {p.name for p in folder.iterdir()}
+    assert {
+        "config.json",
+        "log.jsonl",
+        "metrics.json",
+        "samples.txt",
+        "checkpoint.pt",
+        "reference.pt",
+        "tokenizer.txt",
+    } <= {p.name for p in folder.iterdir()}
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    promised = ("policy_reward reference_reward best_of_8_reward win_rate kl kl_se optimal_reward optimal_reward_se effective_sample_size efficiency "
-                "policy_length reference_length").split()
+    promised = (
+        "policy_reward reference_reward best_of_8_reward win_rate kl kl_se optimal_reward optimal_reward_se effective_sample_size efficiency "
+        "policy_length reference_length"
+    ).split()
     assert all(name in metrics and f"ood_{name}" in metrics for name in promised)
     assert not list(folder.glob("*.part"))
 
 
 def test_a_short_run_improves_the_reward_on_prompts_never_trained_on(tmp_path):
-    metrics = train.main(small(tmp_path / "run", reference_steps=200, steps=100, batch_size=16, eval_prompts=20, width=64))
+    metrics = train.main(
+        small(tmp_path / "run", reference_steps=200, steps=100, batch_size=16, eval_prompts=20, width=64)
+    )
     assert metrics["policy_reward"] > metrics["reference_reward"] + 0.15
     assert metrics["win_rate"] > 0.55
 
 
-@pytest.mark.parametrize("settings", [{"task": "summary"}, {"sft_weight": 0.0, "score": "mean", "reward_norm": "list-zscore"}, {"dtype": "bfloat16"},
-                                      {"reward_norm": "global", "iterate": 2}, {"shuffle_prompts": True}, {"objective": "sft"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task": "summary"},
+        {"sft_weight": 0.0, "score": "mean", "reward_norm": "list-zscore"},
+        {"dtype": "bfloat16"},
+        {"reward_norm": "global", "iterate": 2},
+        {"shuffle_prompts": True},
+        {"objective": "sft"},
+    ],
+    ids=str,
+)
 def test_every_option_runs(tmp_path, settings):
     metrics = train.main(small(tmp_path / "run", **{**settings, "reference_steps": 5, "steps": 4}))
     assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
@@ -134,9 +167,23 @@ def test_efficiency_is_one_for_the_optimum_and_null_where_it_means_nothing(finis
 
 
 def test_list_metrics_count_ties_half_and_name_every_score():
-    rows = [{"prompt": "x", "rewards": [3.0, 1.0, 2.0], "good": [3, 1, 2], "bad": [1, 3, 2], "flat": [0, 0, 0], "longest": [9, 8, 7]}]
+    rows = [
+        {
+            "prompt": "x",
+            "rewards": [3.0, 1.0, 2.0],
+            "good": [3, 1, 2],
+            "bad": [1, 3, 2],
+            "flat": [0, 0, 0],
+            "longest": [9, 8, 7],
+        }
+    ]
     m = train.list_metrics(rows)
-    assert (m["pair_accuracy_good"], m["pair_accuracy_bad"], m["pair_accuracy_flat"], m["longer_accuracy"]) == (1, 0, 0.5, 2 / 3)
+    assert (m["pair_accuracy_good"], m["pair_accuracy_bad"], m["pair_accuracy_flat"], m["longer_accuracy"]) == (
+        1,
+        0,
+        0.5,
+        2 / 3,
+    )
     assert (m["top1_reward_good"], m["top1_reward_bad"], m["mean_reward"], m["best_reward"]) == (3, 1, 2, 3)
 
 
@@ -166,7 +213,11 @@ def test_a_run_cut_anywhere_resumes_to_the_same_bits(finished, monkeypatch, cras
 
     monkeypatch.setattr(train, "optimizer_step", failing)
     monkeypatch.setattr(train, "train_reference", lambda c, world: pytest.fail("the reference should be cached"))
-    monkeypatch.setattr(train, "reference_parts", lambda c, world: json.loads(next((folder.parent / "reference").glob("*.json")).read_text()))
+    monkeypatch.setattr(
+        train,
+        "reference_parts",
+        lambda c, world: json.loads(next((folder.parent / "reference").glob("*.json")).read_text()),
+    )
     with pytest.raises(OSError):
         train.main(small(cut))
     monkeypatch.setattr(train, "optimizer_step", real)
@@ -177,7 +228,12 @@ def test_a_run_cut_anywhere_resumes_to_the_same_bits(finished, monkeypatch, cras
 
 def started(folder, **settings):
     """A run in a process of its own, returned when its first checkpoint is there."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(folder, **settings)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(folder, **settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(3000):
         if (Path(folder) / "checkpoint.pt").exists() or process.poll() is not None:
             break
@@ -195,7 +251,11 @@ def test_kill_and_ctrl_c_both_resume_to_the_same_bits(tmp_path):
         _, said = process.communicate(timeout=60)
         assert torch.load(tmp_path / how / "checkpoint.pt", weights_only=True)["step"] < 400
         if how == "interrupted":
-            assert process.returncode == 1 and f"python train.py --resume {tmp_path / how}" in said and "Traceback" not in said
+            assert (
+                process.returncode == 1
+                and f"python train.py --resume {tmp_path / how}" in said
+                and "Traceback" not in said
+            )
         train.main(train.command_line(["--resume", str(tmp_path / how)]))
         assert same(weights(tmp_path / "whole"), weights(tmp_path / how))
 
@@ -215,8 +275,12 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_difference(finished,
 def test_a_non_finite_loss_stops_with_the_last_good_checkpoint_kept(finished, monkeypatch):
     folder = finished[0].parent / "nan"
     real, calls = train.compute_loss, []
-    monkeypatch.setattr(train, "compute_loss", lambda *args: calls.append(1) or real(*args) * (math.nan if len(calls) > 6 else 1.0))
-    with pytest.raises(FloatingPointError, match="step 6: loss is nan.*last good checkpoint"):  # one call was the trial before the run
+    monkeypatch.setattr(
+        train, "compute_loss", lambda *args: calls.append(1) or real(*args) * (math.nan if len(calls) > 6 else 1.0)
+    )
+    with pytest.raises(
+        FloatingPointError, match="step 6: loss is nan.*last good checkpoint"
+    ):  # one call was the trial before the run
         train.main(small(folder))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["policy"].values())
@@ -243,8 +307,14 @@ def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------------------------------- own files
 
-LISTS = [{"prompt": f"What is {i} like?", "responses": ["Fine, thank you.", "Bad.", "So so."][: 2 + i % 2], "rewards": [1.0, 0.0, 0.5][: 2 + i % 2]}
-         for i in range(60)]
+LISTS = [
+    {
+        "prompt": f"What is {i} like?",
+        "responses": ["Fine, thank you.", "Bad.", "So so."][: 2 + i % 2],
+        "rewards": [1.0, 0.0, 0.5][: 2 + i % 2],
+    }
+    for i in range(60)
+]
 
 
 def write(path, records):
@@ -260,15 +330,29 @@ def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):
     assert metrics["pair_accuracy_policy_mean"] > 0.9 and metrics["longer_accuracy"] == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
     assert train.list_metrics(rows)["top1_reward_policy_mean"] == metrics["top1_reward_policy_mean"]
-    own = train.main(small(tmp_path / "own", data=[path], eval_data=[write(tmp_path / "eval.jsonl", LISTS[:5])], evolve=None, vocab_size=300))
+    own = train.main(
+        small(
+            tmp_path / "own",
+            data=[path],
+            eval_data=[write(tmp_path / "eval.jsonl", LISTS[:5])],
+            evolve=None,
+            vocab_size=300,
+        )
+    )
     assert own["best_reward"] == 1.0
 
 
-@pytest.mark.parametrize("records, message", [
-    ([{"prompt": "x", "responses": ["a"], "rewards": [1, 2]}], r"lists.jsonl:1: 1 responses and 2 rewards"),
-    ([{"prompt": f"{i}", "responses": ["a"], "rewards": [1]} for i in range(40)], "every list here has a single response"),
-    ([{"prompt": "same", "responses": ["a", "b"], "rewards": [1, 2]}] * 5, "expected some of both"),
-])
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([{"prompt": "x", "responses": ["a"], "rewards": [1, 2]}], r"lists.jsonl:1: 1 responses and 2 rewards"),
+        (
+            [{"prompt": f"{i}", "responses": ["a"], "rewards": [1]} for i in range(40)],
+            "every list here has a single response",
+        ),
+        ([{"prompt": "same", "responses": ["a", "b"], "rewards": [1, 2]}] * 5, "expected some of both"),
+    ],
+)
 def test_bad_data_ends_the_run_before_anything_is_written(tmp_path, records, message):
     with pytest.raises((data.DataError, ConfigError), match=message):
         train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None))
@@ -278,7 +362,9 @@ def test_bad_data_ends_the_run_before_anything_is_written(tmp_path, records, mes
 def test_a_constant_reward_is_nothing_to_learn(tmp_path):
     records = [{**r, "rewards": [1.0] * len(r["rewards"])} for r in LISTS]
     with pytest.raises(ConfigError, match="nothing to learn"):
-        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None, reward_norm="global"))
+        train.main(
+            small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None, reward_norm="global")
+        )
 
 
 def test_changed_data_are_refused_on_resume(tmp_path):
@@ -290,7 +376,9 @@ def test_changed_data_are_refused_on_resume(tmp_path):
 
 
 def test_gpt2_explains_itself_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr(
+        data.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network"))
+    )
     with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR"):
         train.main(small(tmp_path / "run", task="dialogue", tokenizer="gpt2"))
 
@@ -301,20 +389,46 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         pytest.skip(f"GPT-2's vocabulary is not in {folder}")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
     path = write(tmp_path / "lists.jsonl", LISTS)
-    metrics = train.main(small(tmp_path / "run", data=[path], evolve=None, tokenizer="gpt2", reference_steps=1, steps=1, limit=12, width=16, eval_data=[path]))
+    metrics = train.main(
+        small(
+            tmp_path / "run",
+            data=[path],
+            evolve=None,
+            tokenizer="gpt2",
+            reference_steps=1,
+            steps=1,
+            limit=12,
+            width=16,
+            eval_data=[path],
+        )
+    )
     assert math.isfinite(metrics["kl"])
 
 
 # ------------------------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("argv, message", [
-    ("--lr -1", "--lr must be positive"), ("--lr nan", "--lr must be finite"), ("--task chess", "choose from dialogue, summary, tiny"),
-    ("--objective lyre", "'lyre' is unknown"), ("--candidates 1", "at least 2"), ("--width 30", "multiple of --heads"), ("--vocab-size 10", "at least 257"),
-    ("--evolve 0", "give one with --data"), ("--data x.jsonl --evolve 1", "no reward function"), ("--eval-data x.jsonl", "goes with --data"),
-    ("--steps -3", "must not be negative"), ("--temperature 0", "must be positive"), ("--data nowhere.jsonl", "nowhere.jsonl:1: No such file"),
-    ("--device cuda", "sees no CUDA GPU"), ("--task tiny --tokenizer gpt2", "fixed vocabulary"), ("--reward-norm l2", "choose from softmax"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--lr -1", "--lr must be positive"),
+        ("--lr nan", "--lr must be finite"),
+        ("--task chess", "choose from dialogue, summary, tiny"),
+        ("--objective lyre", "'lyre' is unknown"),
+        ("--candidates 1", "at least 2"),
+        ("--width 30", "multiple of --heads"),
+        ("--vocab-size 10", "at least 257"),
+        ("--evolve 0", "give one with --data"),
+        ("--data x.jsonl --evolve 1", "no reward function"),
+        ("--eval-data x.jsonl", "goes with --data"),
+        ("--steps -3", "must not be negative"),
+        ("--temperature 0", "must be positive"),
+        ("--data nowhere.jsonl", "nowhere.jsonl:1: No such file"),
+        ("--device cuda", "sees no CUDA GPU"),
+        ("--task tiny --tokenizer gpt2", "fixed vocabulary"),
+        ("--reward-norm l2", "choose from softmax"),
+    ],
+)
 def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -326,7 +440,9 @@ def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, t
 
 def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
     for argv in (["--learning-rate", "1"], ["--lr", "-1"]):
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *argv], capture_output=True, text=True, cwd=tmp_path
+        )
         assert done.returncode != 0 and "Traceback" not in done.stderr and argv[0] in done.stderr
 
 
@@ -339,7 +455,13 @@ def test_every_option_is_read_by_the_code_and_explained():
 
 def test_importing_any_module_has_no_side_effect(tmp_path):
     code = "import lire, dro, model, data, train; import os; assert not os.listdir('.'), os.listdir('.')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
