@@ -56,9 +56,7 @@ class Config:
     reference_lr: float = 4e-3  # its peak learning rate
     candidates: int = 8  # M, responses sampled for each prompt
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = (
-        None  # Evolve rounds: sample the pool anew; default 5 for tasks, 0 for files, which have no reward
-    )
+    evolve: int | None = None  # Evolve rounds, each with a new pool; default 5 for tasks, 0 for files
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares

@@ -30,7 +30,11 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
         {"defaults": {"task": "summary"}, "trained on shuffled prompts": {"task": "summary", "shuffle_prompts": True}},
     ),
     "candidates": (COLUMNS, 3, {f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}),
-    "evolve": (COLUMNS, 3, {f"{n} round{'s' * (n > 1)}": {"evolve": n} for n in (1, 2, 3, 5)}),
+    "evolve": (
+        COLUMNS,
+        3,
+        {"1 round": {"evolve": 1}, "2 rounds": {"evolve": 2}, "3 rounds": {"evolve": 3}, "5 rounds (defaults)": {}},
+    ),
     "objective": (
         COLUMNS,
         3,
