@@ -1054,5 +1054,5 @@ if __name__ == "__main__":
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt as e:
         sys.exit(
-            f"\ninterrupted: {e or 'no step was made yet; the same command starts over (a finished reference is kept)'}"
+            f"\ninterrupted: {e or 'python train.py --resume RUN goes on from the last checkpoint of the folder in out/, if it has one'}"
         )
