@@ -657,8 +657,32 @@ def difference(old: dict, new: dict) -> str:
     )
 
 
+@dataclass
+class State:
+    """What the loop changes, and a checkpoint holds."""
+
+    policy: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimiser steps done
+    evolve: int = 0  # the Evolve round that `generated` belongs to
+    generated: list | None = None  # [[ids, ...], ...] sampled in this round for every training prompt
+    statistics: list | None = None  # mean and deviation of the rewards, for --reward-norm global
+
+
+def run_settings(c: Config) -> dict:
+    """The config without the two folders, which may move."""
+    return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
+
+
+def save_checkpoint(c: Config, state: State, parts: dict) -> None:
+    """out/<run>/checkpoint.pt: all that is needed to go on to the same bits. `parts` tells sources and data apart."""
+    fields = {name: getattr(state, name) for name in ("step", "evolve", "generated", "statistics")}
+    weights = {"policy": state.policy.state_dict(), "optimizer": state.optimizer.state_dict()}
+    save({**fields, **weights, "config": run_settings(c), "parts": parts}, Path(c.out) / "checkpoint.pt")
+
+
 def load_checkpoint(c: Config, parts: dict) -> dict | None:
-    """The checkpoint to go on from, or None before the first one. Raises: ConfigError where it belongs to another run."""
+    """The checkpoint to go on from, or None before the first. Raises: ConfigError where it belongs to another run."""
     path = Path(c.out) / "checkpoint.pt"
     if not c.resume:
         return None
@@ -668,165 +692,141 @@ def load_checkpoint(c: Config, parts: dict) -> dict | None:
     checkpoint = torch.load(path, map_location=c.device, weights_only=True)
     if told := difference(checkpoint["config"], run_settings(c)):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({told})")
-    told = difference(checkpoint["parts"], parts)
-    if "texts" in told:
-        raise ConfigError(f"--resume {c.resume}: its data have changed ({told})")
-    if told:
+    if checkpoint["parts"]["texts"] != parts["texts"]:
+        raise ConfigError(f"--resume {c.resume}: its data have changed since the checkpoint was written")
+    if told := difference(checkpoint["parts"], parts):
         print(f"note: the run goes on, but not bit by bit as it would have ({told})")
     print(f"going on from step {checkpoint['step']} of {c.steps}")
     return checkpoint
 
 
-def run_settings(c: Config) -> dict:
-    """The config without the two folders, which may move."""
-    return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
+def restore(state: State, checkpoint: dict) -> None:
+    """Put a checkpoint into the state."""
+    state.policy.load_state_dict(checkpoint["policy"])
+    if checkpoint["step"]:
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+    for name in ("step", "evolve", "generated", "statistics"):
+        setattr(state, name, checkpoint[name])
 
 
-def train_policy(c: Config, world: World, policy, reference, checkpoint, parts: dict) -> dict:
-    """The loop: Evolve and Iterate (lire.self_enhance), and inside them lr, batch, loss, step, log, quick evaluation, checkpoint.
+def draw_candidates(c: Config, world: World, state: State, e: int, visits: int) -> list:
+    """M responses from the policy as it is now to each training prompt that Evolve round e will visit, none to the others."""
+    chosen = torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits]
+    examples, generator = [world.train[i] for i in chosen], rng(c.seed, "pool", e, device=c.device)
+    lists = [[]] * len(world.train)
+    drawn = sample_lists(c, world, state.policy, examples, c.candidates, generator, c.sample_temperature)
+    for i, candidates in zip(chosen, drawn):
+        lists[i] = candidates
+    return lists
 
-    Returns: seconds spent on the pool and on training. Ends the process with a checkpoint on Ctrl-C, and on a non-finite
-    loss with the last good checkpoint kept.
+
+def make_pool(c: Config, world: World, state: State, reference, examples: list, lists: list) -> list:
+    """Rewards and reference log-probs of every list of two candidates or more: the pool, as Examples."""
+    began = time.time()
+    pool = [dataclasses.replace(e, response_ids=ys) for e, ys in zip(examples, lists) if len(ys) > 1]
+    if not pool:
+        return []
+    if world.task:
+        for e in pool:
+            e.rewards = rewarded(world, e.prompt, e.response_ids)
+    if c.reward_norm == "global":
+        state.statistics = state.statistics or mean_and_deviation([r for e in pool for r in e.rewards])
+        mean, deviation = state.statistics
+        for e in pool:
+            e.rewards = [(r - mean) / deviation for r in e.rewards]
+    if c.shuffle_prompts:
+        pool = [dataclasses.replace(e, prompt_ids=other.prompt_ids) for e, other in zip(pool, pool[1:] + pool[:1])]
+    for e, logps in zip(pool, score_examples(c, world, reference, pool)):
+        e.ref_logps = logps
+    rewards = [r for e in pool for r in e.rewards]
+    best = sum(max(e.rewards) for e in pool) / len(pool)
+    print(
+        f"pool: {len(pool)} lists of {len(rewards) / len(pool):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
+        f"best of a list {best:.3f} ({time.time() - began:.0f} s)"
+    )
+    return pool
+
+
+def batches_from(c: Config, pool: list, e: int, n: int):
+    """Batches of Evolve round e from its n-th on, epoch after epoch; their order depends on seed, round and epoch alone."""
+    per_epoch = -(-len(pool) // c.batch_size)
+    while True:
+        order = data.batch_order(pool, c.batch_size, rng(c.seed, "order", e, n // per_epoch))
+        for rows in order[n % per_epoch :]:
+            yield [pool[j] for j in rows]
+            n += 1
+
+
+def train_policy(c: Config, world: World, state: State, reference, parts: dict) -> dict:
+    """The loop: Evolve and Iterate (lire.self_enhance); inside them lr, batch, loss, step, log, evaluate, save.
+
+    Returns: seconds spent on pools and on training. On Ctrl-C it saves and raises KeyboardInterrupt; on a non-finite loss it
+    raises FloatingPointError and the last good checkpoint stays.
     """
-    out, seconds, generated, round_, statistics = Path(c.out), {"pool": 0.0, "train": 0.0}, None, 0, None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=c.weight_decay)
-    log = []
-    done = 0  # steps
-    if checkpoint:
-        policy.load_state_dict(checkpoint["policy"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        done, round_, generated, statistics = (checkpoint[k] for k in ("step", "evolve", "generated", "statistics"))
-        if (out / "log.jsonl").exists():
-            log = [row for row in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if row["step"] <= done]
-    save("".join(json.dumps(row) + "\n" for row in log), out / "log.jsonl")
-    examples = world.train or world.logged
-    start = [[]] * len(examples) if world.task else [e.response_ids for e in examples]
+    log_path, resumed = Path(c.out) / "log.jsonl", state.evolve if state.step else -1
+    kept = log_path.read_text().splitlines() if state.step and log_path.exists() else []
+    save("".join(line + "\n" for line in kept if json.loads(line)["step"] <= state.step), log_path)
+
     passes = max(c.evolve, 1) * c.iterate
     ends = [round(k * c.steps / passes) for k in range(passes + 1)]  # pass k is the steps from ends[k] to ends[k + 1]
+    examples = world.train if world.task else world.logged
+    start = [[] if world.task else e.response_ids for e in examples]  # a file's own responses stay in every pool
 
     def sample(e):
-        """M responses from the policy as it is now to each prompt that this round will visit; none to the others.
-
-        Where the run goes on inside round e, those of the checkpoint.
-        """
-        nonlocal generated, round_
-        if checkpoint and e < checkpoint["evolve"]:
-            return [[]] * len(examples)  # a round that is over
-        if not (checkpoint and e == checkpoint["evolve"] and checkpoint["step"]):
+        if e < resumed:
+            return [[]] * len(examples)  # this round was over before the checkpoint
+        if e > resumed:  # else the run goes on inside round e, with the candidates of the checkpoint
             visits = (ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size
-            chosen = sorted(torch.randperm(len(examples), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
-            drawn = sample_lists(
-                c,
-                world,
-                policy,
-                [examples[i] for i in chosen],
-                c.candidates,
-                rng(c.seed, "pool", e, device=c.device),
-                c.sample_temperature,
-            )
-            generated, round_ = [[]] * len(examples), e
-            for i, lists in zip(chosen, drawn):
-                generated[i] = lists
-        return generated
+            state.generated, state.evolve = draw_candidates(c, world, state, e, visits), e
+        return state.generated
 
     def score(lists):
-        """Rewards and reference log-probs of every list: the pool, as Examples."""
-        nonlocal statistics
-        began = time.time()
-        pool = [
-            dataclasses.replace(e, response_ids=ys, rewards=rewarded(world, e.prompt, ys) if world.task else e.rewards)
-            for e, ys in zip(examples, lists)
-            if len(ys) > 1
-        ]
-        if pool and c.reward_norm == "global":
-            statistics = statistics or mean_and_deviation([r for e in pool for r in e.rewards])
-            pool = [
-                dataclasses.replace(e, rewards=[(r - statistics[0]) / statistics[1] for r in e.rewards]) for e in pool
-            ]
-        if c.shuffle_prompts:
-            pool = [dataclasses.replace(e, prompt_ids=other.prompt_ids) for e, other in zip(pool, pool[1:] + pool[:1])]
-        pool = [
-            dataclasses.replace(e, ref_logps=logps) for e, logps in zip(pool, score_examples(c, world, reference, pool))
-        ]
-        if pool:
-            rewards = [r for e in pool for r in e.rewards]
-            print(
-                f"pool: {len(pool)} lists of {len(rewards) / len(pool):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
-                f"best of a list {sum(max(e.rewards) for e in pool) / len(pool):.3f} ({time.time() - began:.0f} s)"
-            )
-        return pool
+        return make_pool(c, world, state, reference, examples, lists)
 
-    def checkpoint_now(step):
-        save(
-            {
-                "step": step,
-                "config": run_settings(c),
-                "parts": parts,
-                "policy": policy.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "evolve": round_,
-                "generated": generated,
-                "statistics": statistics,
-            },
-            out / "checkpoint.pt",
-        )
-
-    progress, latest, began = Progress(c.objective, c.steps, done), {}, time.time()
-    with interruptible() as interrupted, open(out / "log.jsonl", "a") as log_file:
+    progress, latest, seconds, began = (
+        Progress(c.objective, c.steps, state.step),
+        {},
+        {"pool": 0.0, "train": 0.0},
+        time.time(),
+    )
+    with interruptible() as interrupted, open(log_path, "a") as log_file:
         for e, i, pool in lire.self_enhance(sample, score, c.evolve, c.iterate, start):
             seconds["pool"] += time.time() - began
-            began, epoch, order = time.time(), -1, []
-            for step in range(max(done, ends[e * c.iterate + i]), ends[e * c.iterate + i + 1]):
-                per_epoch = -(-len(pool) // c.batch_size)
-                now, place = divmod(step - ends[e * c.iterate], per_epoch)
-                if now != epoch:
-                    epoch, order = now, data.batch_order(pool, c.batch_size, rng(c.seed, "order", e, now))
-                batch = data.make_batch([pool[j] for j in order[place]], world.enc.eot_token, c.device)
+            began = time.time()
+            first, last = max(state.step, ends[e * c.iterate + i]), ends[e * c.iterate + i + 1]
+            for step, chosen in zip(range(first + 1, last + 1), batches_from(c, pool, e, first - ends[e * c.iterate])):
+                batch = data.make_batch(chosen, world.enc.eot_token, c.device)
                 with precision(c):
-                    logps = models.response_logps(policy, batch, world.allowed)
-                loss = compute_loss(c, logps, batch).mean()
-                lr = lr_at(step, c.steps, c.lr)
-                norm = optimizer_step(optimizer, policy.parameters(), loss, lr, c.clip)
+                    logps = models.response_logps(state.policy, batch, world.allowed)
+                loss, lr = compute_loss(c, logps, batch).mean(), lr_at(step - 1, c.steps, c.lr)
+                norm = optimizer_step(state.optimizer, state.policy.parameters(), loss, lr, c.clip)
                 if not math.isfinite(norm):
                     raise FloatingPointError(
-                        f"step {step + 1}: loss is {loss.item()}, gradient norm {norm}. The last good checkpoint is kept: "
-                        f"{out / 'checkpoint.pt'}; a smaller --lr may help"
+                        f"step {step}: loss is {loss.item()}, gradient norm {norm}; the last good checkpoint is kept in "
+                        f"{c.out}; a smaller --lr may help"
                     )
-                step += 1  # steps done
+                state.step = step
                 due = step % c.eval_every == 0 or step == c.steps
-                if step % 10 == 0 or step == 1 or due:
-                    row = {
-                        "step": step,
-                        "evolve": e,
-                        "loss": loss.item(),
-                        "learning_rate": lr,
-                        "grad_norm": norm,
-                        **batch_metrics(c, logps, batch),
-                    }
-                    if due:
-                        latest = quick_evaluation(c, world, policy, reference, step)
-                        checkpoint_now(step)
-                    log_file.write(json.dumps(row | (latest if due else {})) + "\n")
+                if due:
+                    latest = quick_evaluation(c, world, state.policy, reference, step)
+                if due or step == 1 or step % 10 == 0:
+                    row = {"step": step, "evolve": e, "loss": loss.item(), "learning_rate": lr, "grad_norm": norm}
+                    row |= batch_metrics(c, logps, batch) | (latest if due else {})
+                    log_file.write(json.dumps(row) + "\n")
                     log_file.flush()
                     if due and row["candidates/collapsed"] > 0.9:
                         print(
-                            f"step {step}: the listwise softmax has collapsed on {row['candidates/collapsed']:.0%} of the lists "
-                            "(one candidate holds over 99 %), so they teach nothing; try a higher --temperature or --score mean"
+                            f"step {step}: the listwise softmax has collapsed: one candidate holds over 99 % in "
+                            f"{row['candidates/collapsed']:.0%} of the lists; try a higher --temperature or --score mean"
                         )
-                progress.show(
-                    step,
-                    "  ".join(
-                        [f"loss {loss.item():.4f}", *(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))]
-                    ),
-                    due,
-                )
+                shown = "  ".join(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))
+                progress.show(step, f"loss {loss.item():.4f}  {shown}", line=due)
+                if due or interrupted:
+                    save_checkpoint(c, state, parts)
                 if interrupted:
-                    checkpoint_now(step)
-                    raise KeyboardInterrupt(f"saved after step {step}; `python train.py --resume {out}` goes on")
+                    raise KeyboardInterrupt(f"saved after step {step}; `python train.py --resume {c.out}` goes on")
             seconds["train"] += time.time() - began
             began = time.time()
-    if not done and not c.steps:
-        checkpoint_now(0)
     return seconds
 
 
@@ -965,12 +965,13 @@ def main(config: Config) -> dict:
     if c.compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     seconds["reference"] = time.time() - began
-    if c.objective == "sft":
-        save(
-            {"step": 0, "config": run_settings(c), "parts": parts, "policy": policy.state_dict()}, out / "checkpoint.pt"
-        )
+    state = State(policy, torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=c.weight_decay))
+    if checkpoint:
+        restore(state, checkpoint)
+    if c.objective == "sft" or not c.steps:
+        save_checkpoint(c, state, parts)  # the policy is the reference
     else:
-        seconds |= train_policy(c, world, policy, reference, checkpoint, parts)
+        seconds |= train_policy(c, world, state, reference, parts)
 
     began, policy = time.time(), policy.eval()
     choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))

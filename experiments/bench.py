@@ -12,12 +12,15 @@ time and of the ratio pair by pair. Prompts and responses have their full length
 The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the measured ratio over it. `peak` is
 useful_flops / seconds as a share of this machine's own float32 matrix product, measured first. `MB` is the peak memory of an
 update above what the process held before it, each variant in a process of its own: the resident set on a CPU (ru_maxrss),
-torch's allocator on a GPU. Writes out/bench.json.
+torch's allocator on a GPU. Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
+response read again for every one. Times are worth something on an idle machine only: the load at the start is printed.
+Writes out/bench.json.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -140,7 +143,7 @@ def quartiles(x):
 def peak_flops(device):
     """The most floating-point operations a second of a few large float32 matrix products."""
     best = 0.0
-    for n in (1024, 2048, 3072) if device == "cpu" else (4096, 8192):
+    for n in (1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = torch.rand(2, n, n, device=device)
         best = max(best, *(2 * n**3 / timed(lambda: a @ b, device) for _ in range(8)))  # noqa: B023 (called at once)
     return best
@@ -169,6 +172,7 @@ def in_own_process(f, *args):
 
 
 def prepare(device):
+    """What train.main sets: plain float32 products, and on a CPU no subnormal numbers."""
     torch.set_float32_matmul_precision("highest")
     if device == "cpu":
         torch.set_flush_denormal(True)
@@ -209,28 +213,32 @@ def measure(name, shape, device, pairs, peak, sampling=False):
     return row
 
 
+def spread(q, scale=1, digits=2):
+    """Quartiles as text: median [first, third]."""
+    return f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
+
+
+COLUMNS = [  # title, width, text of a row
+    ("model", 8, lambda r: r["model"]),
+    ("B", 3, lambda r: r["B"]),
+    ("M", 3, lambda r: r["M"]),
+    ("S", 4, lambda r: r["S"]),
+    ("R", 3, lambda r: r["R"]),
+    ("ms once", 20, lambda r: spread(r["once"], 1e3, 0)),
+    ("ms repeated", 20, lambda r: spread(r["repeated"], 1e3, 0)),
+    ("repeated / once", 18, lambda r: spread(r["ratio"])),
+    ("tokens", 7, lambda r: f"{r['token_ratio']:.2f}"),
+    ("reached", 8, lambda r: f"{r['reached']:.0%}"),
+    ("peak once", 10, lambda r: f"{r['peak_once']:.0%}"),
+    ("rep.", 5, lambda r: f"{r['peak_repeated']:.0%}"),
+    ("MB once", 8, lambda r: f"{r['memory_once']:.0f}"),
+    ("rep.", 6, lambda r: f"{r['memory_repeated']:.0f}"),
+]
+
+
 def show(row):
-    """A row of the table as text."""
-    spread = lambda q, scale=1, digits=2: (
-        f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
-    )
-    cells = [
-        (row["model"], 8),
-        (row["B"], 3),
-        (row["M"], 3),
-        (row["S"], 4),
-        (row["R"], 3),
-        (spread(row["once"], 1e3, 0), 20),
-        (spread(row["repeated"], 1e3, 0), 20),
-        (spread(row["ratio"]), 18),
-        (f"{row['token_ratio']:.2f}", 6),
-        (f"{row['reached']:.0%}", 8),
-        (f"{row['peak_once']:.0%}", 5),
-        (f"{row['peak_repeated']:.0%}", 5),
-        (f"{row['memory_once']:.0f}", 6),
-        (f"{row['memory_repeated']:.0f}", 6),
-    ]
-    line = "".join(f"{text!s:>{width}}" for text, width in cells)
+    """A row of the table as text, and under it what sampling took."""
+    line = "".join(f"{text(row)!s:>{width}}" for _, width, text in COLUMNS)
     if "sampled_cached" in row:
         line += (
             f"\n    sampling here, {row['sampling_pairs']} pairs: {spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
@@ -264,19 +272,15 @@ def main(argv=None):
         (name, shape) for name in args.model or (["default"] if args.quick else ["default", "5m"]) for shape in shapes
     ]
 
-    memory = {
+    load = os.getloadavg()[0]  # programs that run already: they share the cores, and spoil the times
+    memory = {  # first, while this process is small
         case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)] for case in cases
-    }  # while this process is small
+    }
     prepare(args.device)
     peak = peak_flops(args.device)
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device_name}, float32 matrix product {peak / 1e9:.0f} GFLOP/s")
-    print(
-        "                          ------------- ms an update -------------           ratio              of tokens   peak      ---- MB ----"
-    )
-    print(
-        "   model  B  M   S  R                once            repeated  repeated / once tokens reached once  rep.  once  rep."
-    )
+    print(f"torch {torch.__version__}, {device_name}, load {load:.1f}; float32 product {peak / 1e9:.0f} GFLOP/s")
+    print("".join(f"{title:>{width}}" for title, width, _ in COLUMNS))
     rows = []
     for name, shape in cases:
         pairs = args.pairs or (3 if args.quick else MODELS[name][1])
@@ -289,7 +293,7 @@ def main(argv=None):
         + ", ".join(f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values())
         + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats"
     )
-    result = {"torch": torch.__version__, "device": device_name, "peak_flops": peak, "rows": rows}
+    result = {"torch": torch.__version__, "device": device_name, "load": load, "peak_flops": peak, "rows": rows}
     Path("out").mkdir(exist_ok=True)
     Path("out/bench.json").write_text(json.dumps(result, indent=1))
     print("written to out/bench.json")

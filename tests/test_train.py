@@ -398,6 +398,7 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
             reference_steps=1,
             steps=1,
             limit=12,
+            max_response=6,
             width=16,
             eval_data=[path],
         )
