@@ -711,7 +711,7 @@ def restore(state: State, checkpoint: dict) -> None:
 
 def draw_candidates(c: Config, world: World, state: State, e: int, visits: int) -> list:
     """M responses from the policy as it is now to each training prompt that Evolve round e will visit, none to the others."""
-    chosen = torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits]
+    chosen = sorted(torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
     examples, generator = [world.train[i] for i in chosen], rng(c.seed, "pool", e, device=c.device)
     lists = [[]] * len(world.train)
     drawn = sample_lists(c, world, state.policy, examples, c.candidates, generator, c.sample_temperature)
