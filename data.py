@@ -111,7 +111,7 @@ def dialogue(rng) -> Task:
 
     def reward(prompt, response):
         place, thing = re.search(r"the (\w+) (\w+)", prompt).groups()
-        named = f"The {place} {thing} was "
+        sentiment, named = SENTIMENT[thing], f"The {place} {thing} was "
         clauses = response.strip().removeprefix(named).split(". It was ")
         if not (response.strip().startswith(named) and clauses[-1].endswith(".") and len(clauses) <= 3):
             return 0.0
@@ -119,10 +119,10 @@ def dialogue(rng) -> Task:
         total, used = 0.0, set()
         for clause in clauses:
             phrase = PHRASE.fullmatch(clause)
-            if not phrase or phrase[3] not in SENTIMENT[thing]:
+            if not phrase or phrase[3] not in sentiment:
                 return 0.0
             if phrase[3] not in used:
-                total += SENTIMENT[thing][phrase[3]] * DEGREE.get(phrase[2], 1.0) * (-0.5 if phrase[1] else 1.0)
+                total += sentiment[phrase[3]] * DEGREE.get(phrase[2], 1.0) * (-0.5 if phrase[1] else 1.0)
             used.add(phrase[3])
         return round(5 + 3 * total / len(clauses), 6)
 
@@ -321,7 +321,7 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
                 if not isinstance(row, dict):
                     raise DataError(f"{type(row).__name__} instead of an object, expected {CANONICAL}")
                 parse = parse or (_copa if "human-explanations" in row else _canonical)
-                record = parse(row)
+                record = _plain(parse(row))
             except DataError as e:
                 raise DataError(f"{path}:{number}: {e}") from None
             except (ValueError, RecursionError) as e:
@@ -353,6 +353,7 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
     return records
 
 
+COPA = '{"p": str, "asks-for": "cause" or "effect", "a1": str, "a2": str, "most-plausible-alternative": 1 or 2, "human-explanations": [...]}'
 CANONICAL = '{"prompt": str, "responses": [str, ...], "rewards": [number, ...]}'
 
 
@@ -371,9 +372,15 @@ def _lines(path):
         ) from None
 
 
-def _need(row, name, kind, what):
+def _plain(record):
+    """Lone surrogates, legal in JSON and in nothing else, become question marks."""
+    clean = lambda text: text.encode("utf-8", "replace").decode()
+    return record | {"prompt": clean(record["prompt"]), "responses": [clean(r) for r in record["responses"]]}
+
+
+def _need(row, name, kind, what, form=None):
     if name not in row:
-        raise DataError(f"no field {name!r}, expected {CANONICAL}")
+        raise DataError(f"no field {name!r}, expected {form or CANONICAL}")
     if not isinstance(row[name], kind):
         raise DataError(f"{name!r} is {type(row[name]).__name__}, expected {what}")
     return row[name]
@@ -404,10 +411,10 @@ def _canonical(row):
 
 def _copa(row):
     """COPA-SSE (Brassard et al. 2022): the premise, Why? or So what?, the right answer; rated explanations."""
-    asks = _need(row, "asks-for", str, '"cause" or "effect"')
+    asks = _need(row, "asks-for", str, '"cause" or "effect"', COPA)
     if asks not in ("cause", "effect"):
         raise DataError(f'\'asks-for\' is {asks!r}, expected "cause" or "effect"')
-    right = str(_need(row, "most-plausible-alternative", (str, int), "1 or 2"))
+    right = str(_need(row, "most-plausible-alternative", (str, int), "1 or 2", COPA))
     if right not in ("1", "2"):
         raise DataError(f"'most-plausible-alternative' is {right!r}, expected 1 or 2")
     question = "Why?" if asks == "cause" else "So what?"
@@ -415,8 +422,8 @@ def _copa(row):
     if not all(isinstance(e, dict) for e in rated):
         raise DataError("'human-explanations' holds something else than objects, expected explanations")
     return {
-        "prompt": f"{_need(row, 'p', str, 'a string')} {question} {_need(row, 'a' + right, str, 'a string')}",
-        "responses": [_need(e, "text", str, "a string") for e in rated],
+        "prompt": f"{_need(row, 'p', str, 'a string', COPA)} {question} {_need(row, 'a' + right, str, 'a string', COPA)}",
+        "responses": [_need(e, "text", str, "a string", '{"text": str, "filtered-avg-rating": number}') for e in rated],
         "rewards": [
             _number(e.get("filtered-avg-rating"), f"filtered-avg-rating of explanation {i + 1}")
             for i, e in enumerate(rated)
@@ -560,7 +567,9 @@ def tokenize(records, enc, max_prompt: int = 0, max_response: int = 0, say=lambd
     if spaced:
         say(f"a space was put between prompt and response in {spaced} of {n} responses")
     if long_prompts or long_responses:
-        say(f"truncated: {long_prompts / len(records):.1%} of the prompts, {long_responses / n:.1%} of the responses")
+        say(
+            f"truncated: {long_prompts / len(records):.1%} of the prompts, {long_responses / max(n, 1):.1%} of the responses"
+        )
     return examples
 
 

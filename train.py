@@ -161,7 +161,7 @@ def rng(seed: int, *names, device="cpu") -> torch.Generator:
 
 def save(what, path) -> None:
     """Write under a temporary name, then rename: whoever reads `path` finds the old content or the new, never half of it."""
-    path, part = Path(path), Path(f"{path}.part")
+    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
     with open(part, "wb") as f:
         if isinstance(what, str):
             f.write(what.encode("utf-8", "replace"))
@@ -225,12 +225,16 @@ class World:
 
 def make_world(c: Config) -> World:
     """Synthetic task or files, tokenizer, tokenised lists. Nothing is written here, so bad data leaves nothing behind."""
-    task, heldout, eval_records = None, [], []
+    task, eval_records = None, []
     if c.data:
         records = data.load(c.data, c.limit)
         eval_records = data.load(c.eval_data) if c.eval_data else []
         if not c.eval_data:
             records, eval_records = data.split(records)
+        held = {r["prompt"] for r in eval_records}
+        if leaked := sum(r["prompt"] in held for r in records):
+            records = [r for r in records if r["prompt"] not in held]
+            print(f"{leaked} lists with a held-out prompt are left out of the training lists")
         if not records or not eval_records:
             raise data.DataError(
                 f"{', '.join(c.data)}: {len(records)} lists to train on and {len(eval_records)} held out, expected some of "
@@ -252,6 +256,10 @@ def make_world(c: Config) -> World:
         enc = data.encoding(ranks)
     if task and task.words and ranks is None:
         raise ConfigError("--task tiny has its own fixed vocabulary: leave --tokenizer at bpe")
+    if task and task.words and c.max_response < task.max_response:
+        raise ConfigError(f"--task tiny needs --max-response {task.max_response}, got {c.max_response}")
+    if c.data and c.reward_norm == "global":
+        mean_and_deviation([x for r in records for x in r["rewards"]])  # refuses a constant reward
     tokens = lambda records, say=lambda line: None: data.tokenize(records, enc, c.max_prompt, c.max_response, say)
     prompts = lambda split: tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
     h = hashlib.sha256(json.dumps([records, eval_records]).encode())
@@ -261,7 +269,7 @@ def make_world(c: Config) -> World:
         task=task,
         logged=tokens(records, print if c.data else lambda line: None),
         heldout=prompts("heldout") if task else tokens(eval_records),
-        ood=prompts("ood") if task else heldout,
+        ood=prompts("ood") if task else [],
         train=prompts("train") if task else [],
         allowed=data.allowed_tokens(task, enc).to(c.device) if task and task.words else None,
         max_response=min(c.max_response, task.max_response) if task else c.max_response,
@@ -322,7 +330,9 @@ REFERENCE_SETTINGS = "max_prompt max_response model layers heads width tokenizer
 
 def reference_parts(c: Config, world: World) -> dict[str, str]:
     """All that the reference depends on, one hash or value each: its cache key."""
-    code = "".join(map(inspect.getsource, (train_reference, optimizer_step, lr_at, new_model, rng, make_world)))
+    code = "".join(
+        map(inspect.getsource, (train_reference, optimizer_step, lr_at, new_model, rng, make_world, precision))
+    )
     sources = {
         "model.py": inspect.getsource(models),
         "data.py": inspect.getsource(data),
@@ -331,6 +341,7 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
     parts = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.items()}
     parts |= {
         "torch version": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
         "dtype": c.dtype,
         "device": c.device,
         "seed": str(c.seed),
@@ -339,8 +350,18 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
     return parts | {f"--{name.replace('_', '-')}": str(getattr(c, name)) for name in REFERENCE_SETTINGS}
 
 
-def get_reference(c: Config, world: World):
-    """The reference model, from the cache beside the run if it is there and whole, else trained and cached."""
+def get_reference(c: Config, world: World, checkpoint: dict | None = None):
+    """The reference model: the run's own where it is resumed, else from the cache beside the run, else trained and cached.
+
+    What is read is verified by its digest. Raises: ConfigError where a resumed run's reference is damaged and not in the cache.
+    """
+    if checkpoint:
+        model, path = new_model(c, world), Path(c.out) / "reference.pt"
+        with contextlib.suppress(Exception):  # a damaged file fails in many ways; the digest decides
+            model.load_state_dict(torch.load(path, map_location=c.device, weights_only=True))
+        if digest_of(model.state_dict()) != checkpoint["reference"]:
+            raise ConfigError(f"--resume {c.resume}: {path} is damaged or not the reference that this run began with")
+        return model.eval()
     parts = reference_parts(c, world)
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     folder = Path(c.out).parent / "reference"
@@ -450,11 +471,12 @@ def compute_loss(c: Config, logps, batch):
 
 def try_objective(c: Config) -> None:
     """Run compute_loss once on made-up numbers, so that a wrong name or a bug in a new loss shows before the work begins."""
-    ones = torch.ones(2, 3, 4, dtype=torch.bool)
-    batch = data.Batch(
-        ones[:, 0].long(), ones[:, 0], ones.long(), ones, ones[..., 0], torch.rand(2, 3), torch.rand(2, 3)
-    )
-    compute_loss(c, torch.randn(2, 3, requires_grad=True), batch).mean().backward()
+    generator, ids = torch.Generator().manual_seed(0), torch.ones(2, 3, 4, dtype=torch.long)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    response_mask = mask[..., None].expand(2, 3, 4)
+    rewards, logps = torch.rand(2, 3, generator=generator), torch.randn(2, 3, generator=generator).requires_grad_()
+    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, response_mask, mask, rewards, logps.detach())
+    compute_loss(c, logps, batch).mean().backward()
 
 
 @torch.no_grad()
@@ -536,14 +558,14 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         "best_of_8_reward": groups.max(-1).values.mean().item() if groups is not None else math.nan,
         "win_rate": ((wins > 0).double() + 0.5 * (wins == 0).double()).mean().item(),
         "kl": kl,
-        "kl_se": (kls.std() / len(kls) ** 0.5).item(),
+        "kl_se": standard_error(kls),
         "optimal_kl": f.optimal_kl,
         "optimal_reward": f.optimal_reward,
         "optimal_reward_se": f.optimal_reward_se,
         "effective_sample_size": f.effective_sample_size,
         "efficiency": f.efficiency if usable else math.nan,
         "efficiency_se": f.efficiency_se if usable else math.nan,
-        "value_deviation": values.std().item(),
+        "value_deviation": values.std(correction=0).item(),
         "reward_deviation": deviation.item(),
     }
     for who, lists, rs in (("policy", drawn[1], policy_rewards), ("reference", drawn[0], reference_rewards)):
@@ -556,9 +578,17 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         m[f"shuffled_{who}_reward"] = (
             sum(sum(rewarded(world, e.prompt, ys)) for e, ys in zip(others, lists)) / rs.numel()
         )
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in m.items()}, list(
-        zip(examples, drawn[1], drawn[0])
-    )
+    return finite(m), list(zip(examples, drawn[1], drawn[0]))
+
+
+def finite(metrics: dict) -> dict:
+    """nan and inf become None: metrics.json is plain JSON."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of [B] values; nan for a single one."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
 
 
 def enumerate_tiny(world: World) -> list[list[int]]:
@@ -578,8 +608,6 @@ def evaluate_lists(c: Config, world: World, policy, reference) -> list[dict]:
     The scores: sum of token log-probs, mean per token, log-ratio to the reference, and, beside them, the length in characters.
     """
     examples = [e for e in world.heldout if len(e.response_ids) > 1]
-    if not examples:
-        raise data.DataError("the held-out lists have a single response each, expected some with two or more")
     rows = []
     for e, policy_logps, ref_logps in zip(
         examples, score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)
@@ -601,7 +629,9 @@ def evaluate_lists(c: Config, world: World, policy, reference) -> list[dict]:
 
 
 def list_outcome(scores, rewards) -> tuple[float, float, int]:
-    """Of one list: the reward of the top-scored response, pairs ordered rightly (a tie of scores counts 1/2), pairs of unlike rewards.
+    """Of one list: reward of the top-scored response, pairs ordered rightly, pairs of unlike rewards.
+
+    At a tie of scores the top reward is the mean of the tied, and a pair counts 1/2.
 
     >>> list_outcome([0.3, 0.1, 0.2], [5.0, 1.0, 1.0])
     (5.0, 2.0, 2)
@@ -610,7 +640,8 @@ def list_outcome(scores, rewards) -> tuple[float, float, int]:
     right = sum(
         0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (rewards[i] > rewards[j])) for i, j in pairs
     )
-    return rewards[max(range(len(scores)), key=scores.__getitem__)], right, len(pairs)
+    top = [r for s, r in zip(scores, rewards) if s == max(scores)]
+    return sum(top) / len(top), right, len(pairs)
 
 
 def list_metrics(rows: list[dict]) -> dict:
@@ -663,6 +694,7 @@ class State:
 
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    reference: str = ""  # digest of the reference's weights
     step: int = 0  # optimiser steps done
     evolve: int = 0  # the Evolve round that `generated` belongs to
     generated: list | None = None  # [[ids, ...], ...] sampled in this round for every training prompt
@@ -677,6 +709,7 @@ def run_settings(c: Config) -> dict:
 def save_checkpoint(c: Config, state: State, parts: dict) -> None:
     """out/<run>/checkpoint.pt: all that is needed to go on to the same bits. `parts` tells sources and data apart."""
     fields = {name: getattr(state, name) for name in ("step", "evolve", "generated", "statistics")}
+    fields["reference"] = state.reference
     weights = {"policy": state.policy.state_dict(), "optimizer": state.optimizer.state_dict()}
     save({**fields, **weights, "config": run_settings(c), "parts": parts}, Path(c.out) / "checkpoint.pt")
 
@@ -721,11 +754,14 @@ def draw_candidates(c: Config, world: World, state: State, e: int, visits: int) 
 
 
 def make_pool(c: Config, world: World, state: State, reference, examples: list, lists: list) -> list:
-    """Rewards and reference log-probs of every list of two candidates or more: the pool, as Examples."""
+    """Rewards and reference log-probs of every list that has candidates: the pool, as Examples."""
     began = time.time()
-    pool = [dataclasses.replace(e, response_ids=ys) for e, ys in zip(examples, lists) if len(ys) > 1]
+    pool = [dataclasses.replace(e, response_ids=ys) for e, ys in zip(examples, lists) if ys]
     if not pool:
         return []
+    if c.objective == "lire" and (single := sum(len(e.response_ids) < 2 for e in pool)):
+        pool = [e for e in pool if len(e.response_ids) > 1]
+        print(f"{single} lists of a single response are left out: there is nothing to compare in them")
     if world.task:
         for e in pool:
             e.rewards = rewarded(world, e.prompt, e.response_ids)
@@ -735,7 +771,8 @@ def make_pool(c: Config, world: World, state: State, reference, examples: list, 
         for e in pool:
             e.rewards = [(r - mean) / deviation for r in e.rewards]
     if c.shuffle_prompts:
-        pool = [dataclasses.replace(e, prompt_ids=other.prompt_ids) for e, other in zip(pool, pool[1:] + pool[:1])]
+        others = torch.randperm(len(pool), generator=rng(c.seed, "shuffle", state.evolve)).tolist()
+        pool = [dataclasses.replace(e, prompt_ids=pool[i].prompt_ids) for e, i in zip(pool, others)]
     for e, logps in zip(pool, score_examples(c, world, reference, pool)):
         e.ref_logps = logps
     rewards = [r for e in pool for r in e.rewards]
@@ -764,8 +801,11 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
     raises FloatingPointError and the last good checkpoint stays.
     """
     log_path, resumed = Path(c.out) / "log.jsonl", state.evolve if state.step else -1
-    kept = log_path.read_text().splitlines() if state.step and log_path.exists() else []
-    save("".join(line + "\n" for line in kept if json.loads(line)["step"] <= state.step), log_path)
+    kept = log_path.read_text().splitlines(keepends=True) if state.step and log_path.exists() else []
+    kept = [
+        line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= state.step
+    ]  # none half-written
+    save("".join(kept), log_path)
 
     passes = max(c.evolve, 1) * c.iterate
     ends = [round(k * c.steps / passes) for k in range(passes + 1)]  # pass k is the steps from ends[k] to ends[k + 1]
@@ -776,7 +816,7 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
         if e < resumed:
             return [[]] * len(examples)  # this round was over before the checkpoint
         if e > resumed:  # else the run goes on inside round e, with the candidates of the checkpoint
-            visits = (ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size
+            visits = -(-(ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size // c.iterate)  # prompts a pass
             state.generated, state.evolve = draw_candidates(c, world, state, e, visits), e
         return state.generated
 
@@ -848,6 +888,9 @@ def interruptible():
         if asked:
             raise KeyboardInterrupt
         asked.append(signum)
+        print(
+            "\nstopping after the next step; Ctrl-C again stops at once and loses the steps since the last checkpoint"
+        )
 
     try:
         before = signal.signal(signal.SIGINT, ask)
@@ -943,6 +986,8 @@ def main(config: Config) -> dict:
         torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("highest")
     out = Path(c.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, expected a folder")
     if not c.resume and (out / "config.json").exists():
         raise ConfigError(f"--out {out} holds a run already: go on with --resume {out}, or choose another folder")
     world = make_world(c)
@@ -956,16 +1001,15 @@ def main(config: Config) -> dict:
 
     seconds = {"setup": time.time() - began}
     began = time.time()
-    reference = get_reference(c, world) if not checkpoint else new_model(c, world).eval()
-    if checkpoint:
-        reference.load_state_dict(torch.load(out / "reference.pt", map_location=c.device, weights_only=True))
+    reference = get_reference(c, world, checkpoint)
     save(reference.state_dict(), out / "reference.pt")
     policy = new_model(c, world)
     policy.load_state_dict(reference.state_dict())
     if c.compile:
         policy.hidden = torch.compile(policy.hidden, dynamic=True)
     seconds["reference"] = time.time() - began
-    state = State(policy, torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=c.weight_decay))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=c.weight_decay)
+    state = State(policy, optimizer, digest_of(reference.state_dict()))
     if checkpoint:
         restore(state, checkpoint)
     if c.objective == "sft" or not c.steps:
@@ -984,25 +1028,29 @@ def main(config: Config) -> dict:
     else:
         rows = evaluate_lists(c, world, policy, reference)
         save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
-        metrics = list_metrics(rows)
+        metrics = list_metrics(rows) if rows else {}
+        if not rows:
+            print("the held-out lists have a single response each: no list metrics")
         lists, ratios = sampled_kl(c, world, policy, reference, heldout, 8, "final")
         base = sample_lists(c, world, reference, heldout, 8, rng(c.seed, "final", device=c.device))
         answers = list(zip(heldout, lists, base))
         per_prompt = ratios.mean(-1)
-        metrics |= {"kl": per_prompt.mean().item(), "kl_se": (per_prompt.std() / len(per_prompt) ** 0.5).item()}
+        metrics |= {"kl": per_prompt.mean().item(), "kl_se": standard_error(per_prompt)}
         metrics |= {
             f"{who}_length": sum(len(y) for ys in ls for y in ys) / ratios.numel()
             for who, ls in (("policy", lists), ("reference", base))
         }
     seconds["evaluate"] = time.time() - began
+    metrics = finite(metrics)
     metrics |= {f"seconds_{k}": round(v, 1) for k, v in seconds.items()}
-    metrics["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    kilobyte = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    metrics["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte)
     save(json.dumps(metrics, indent=1), out / "metrics.json")
     save(side_by_side(world, answers, 10, 4) + "\n", out / "samples.txt")
 
     print("\n" + side_by_side(world, answers) + "\n")
     print_table([(k, "-" if v is None else f"{v:.3f}" if isinstance(v, float) else v) for k, v in metrics.items()])
-    if c.objective != "sft":
+    if c.objective != "sft" and c.steps:
         draw_curves(out, metrics)
     print(f"written to {out}/")
     return metrics
@@ -1023,7 +1071,7 @@ def command_line(argv=None) -> Config:
         how = (
             {"action": argparse.BooleanOptionalAction}
             if kind is bool
-            else {"nargs": "+", "type": str}
+            else {"nargs": "+", "action": "extend", "type": str}
             if typing.get_origin(kind) is list
             else {"type": kind}
         )
@@ -1031,24 +1079,29 @@ def command_line(argv=None) -> Config:
         parser.add_argument("--" + f.name.replace("_", "-"), help=(comments[f.name] + shown).replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        path = Path(given["resume"]) / "config.json"
+        run = given.pop("resume")
+        path = Path(run) / "config.json"
         if not path.exists():
             raise ConfigError(
-                f"--resume {given['resume']}: there is no config.json in it, expected the folder of a run, such as out/lire-dialogue-0"
+                f"--resume {run}: no config.json in it, expected the folder of a run, such as out/lire-dialogue-0"
             )
         saved = json.loads(path.read_text())
-        if told := difference(
-            {k: saved.get(k) for k in given if k not in ("resume", "out")},
-            {k: v for k, v in given.items() if k not in ("resume", "out")},
-        ):
+        if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
             raise ConfigError(
-                f"--resume {given['resume']}: that run has another config ({told}); leave these options out, or start a new run"
+                f"--resume {run}: its config.json is of another version (it has {', '.join(sorted(unknown))})"
             )
-        given = saved | {"resume": given["resume"], "out": given["resume"]}
+        if "out" in given:
+            raise ConfigError("--resume goes on in the folder of its run: leave --out away")
+        if told := difference({k: saved.get(k) for k in given}, given):
+            raise ConfigError(
+                f"--resume {run}: that run has another config ({told}); leave these options out, or start a new run"
+            )
+        given = saved | {"resume": run, "out": run}
     return Config(**given)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal can show something
     try:
         main(command_line())
     except (ConfigError, data.DataError, FloatingPointError) as e:

@@ -49,6 +49,16 @@ def interval(top, right, pairs, draws) -> dict:
     return {k: [float(means[k]), *map(float, np.percentile(v, [2.5, 97.5]))] for k, v in values.items()}
 
 
+def paired(one, other, draws) -> dict:
+    """The difference of two scores on the same lists, with 95 % bootstrap intervals."""
+    difference = lambda rows: {
+        "top1_reward": (one[0] - other[0])[rows].mean(-1),
+        "pair_accuracy": (one[1] - other[1])[rows].sum(-1) / one[2][rows].sum(-1),
+    }
+    whole, drawn = difference(np.arange(one.shape[1])), difference(draws)
+    return {k: [float(whole[k]), *map(float, np.percentile(drawn[k], [2.5, 97.5]))] for k in whole}
+
+
 def table(scores: dict) -> str:
     """The table in Markdown: mean [95 % interval] of every score."""
     lines = ["| score | top1_reward | pair_accuracy |", "|---|---|---|"]
@@ -66,7 +76,9 @@ def main(path: str, jobs: int = 0) -> dict:
     configs = {
         row: [Config(data=[a], eval_data=[b], **COMMON, **settings) for a, b in files] for row, settings in ROWS.items()
     }
-    cells.run([c for fold in zip(*configs.values()) for c in fold], jobs)
+    cells.run(
+        [c for row in configs.values() for c in row], jobs
+    )  # row by row: two cells at a time never share a reference
     results = {}
     for row, fold in configs.items():
         lists = [
@@ -77,11 +89,10 @@ def main(path: str, jobs: int = 0) -> dict:
             score: np.array([list_outcome(r[score], r["rewards"]) for r in lists]).T for score in list(lists[0])[2:]
         }  # [3, lists] each
         results[row] = {score: interval(*outcome, draws) for score, outcome in outcomes.items()}
-        for other in ("longest", "reference_mean"):
-            gain = outcomes["policy_mean"][0] - outcomes[other][0]
-            results[row][f"policy_mean - {other}"] = {
-                "top1_reward": [float(gain.mean()), *map(float, np.percentile(gain[draws].mean(1), [2.5, 97.5]))]
-            }
+        for score in ("policy_sum", "policy_mean", "policy_ratio"):  # paired differences, prompt by prompt
+            for other in ("longest", score.replace("policy", "reference")):
+                if other in outcomes:
+                    results[row][f"{score} - {other}"] = paired(outcomes[score], outcomes[other], draws)
     Path("results").mkdir(exist_ok=True)
     Path("results/copa.json").write_text(json.dumps(results, indent=1) + "\n")
     for row, scores in results.items():

@@ -5,6 +5,7 @@ python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford s
 
 import argparse
 import json
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -48,9 +49,14 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
     example = data.Example(prompt, ids, [], [])
     lists = {}
     for who, file in (("policy", "checkpoint.pt"), ("reference", "reference.pt")):
-        state = torch.load(folder / file, map_location=c.device, weights_only=True)
         model = train.new_model(c, world).eval()
-        model.load_state_dict(state["policy"] if who == "policy" else state)
+        try:
+            state = torch.load(folder / file, map_location=c.device, weights_only=True)
+            model.load_state_dict(state["policy"] if who == "policy" else state)
+        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
+            raise train.ConfigError(
+                f"{folder / file} is damaged or of another version ({str(e).splitlines()[0][:80]})"
+            ) from None
         lists[who] = train.sample_lists(
             c, world, model, [example], n, train.rng(seed, "sample", device=c.device), temperature
         )[0]

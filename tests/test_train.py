@@ -203,24 +203,18 @@ def test_one_seed_gives_one_run_and_another_seed_another(finished):
 def test_a_run_cut_anywhere_resumes_to_the_same_bits(finished, monkeypatch, crash):
     """Evolve rounds end at 6 and 12, checkpoints are at 4, 8 and 12; a crash before the first one starts over."""
     folder, _ = finished
-    cut, real, steps = folder.parent / f"cut-{crash}", train.optimizer_step, []
+    cut, real, calls = folder.parent / f"cut-{crash}", train.compute_loss, []
 
     def failing(*args):
-        steps.append(1)
-        if len(steps) == crash:
+        calls.append(1)
+        if len(calls) == crash + 1:  # the first call is the trial before the run
             raise OSError("the machine is gone")
         return real(*args)
 
-    monkeypatch.setattr(train, "optimizer_step", failing)
-    monkeypatch.setattr(train, "train_reference", lambda c, world: pytest.fail("the reference should be cached"))
-    monkeypatch.setattr(
-        train,
-        "reference_parts",
-        lambda c, world: json.loads(next((folder.parent / "reference").glob("*.json")).read_text()),
-    )
+    monkeypatch.setattr(train, "compute_loss", failing)
     with pytest.raises(OSError):
         train.main(small(cut))
-    monkeypatch.setattr(train, "optimizer_step", real)
+    monkeypatch.setattr(train, "compute_loss", real)
     train.main(train.command_line(["--resume", str(cut)]))
     assert same(weights(folder), weights(cut))
     assert (folder / "log.jsonl").read_text() == (cut / "log.jsonl").read_text()
@@ -397,10 +391,9 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
             tokenizer="gpt2",
             reference_steps=1,
             steps=1,
-            limit=12,
             max_response=6,
             width=16,
-            eval_data=[path],
+            eval_data=[write(tmp_path / "held.jsonl", LISTS[:6])],
         )
     )
     assert math.isfinite(metrics["kl"])
@@ -471,3 +464,87 @@ def test_a_padding_free_example_of_progress(capsys):
     progress.show(5, "loss 1", line=True)
     progress.show(6, "loss 1")
     assert re.fullmatch(r"lire 5/10  loss 1  \d+ s left\n", capsys.readouterr().out)
+
+
+def loop_state(tmp_path, **settings):
+    c = train.resolve(small(tmp_path / "run", **settings))
+    world = train.make_world(c)
+    model = train.new_model(c, world)
+    return c, world, train.State(model, torch.optim.AdamW(model.parameters())), model
+
+
+def test_shuffled_prompts_are_other_prompts(tmp_path):
+    c, world, state, model = loop_state(
+        tmp_path, task="dialogue", candidates=2, shuffle_prompts=True, max_prompt=32, max_response=4
+    )
+    lists = [[[1, 2], [3, 4]] for _ in world.train]
+    pool = train.make_pool(c, world, state, model, world.train, lists)
+    thing = lambda ids: world.enc.decode(ids).rstrip("?.").split()
+    kept = sum(bool(set(thing(e.prompt_ids)) & set(data.SENTIMENT) & set(e.prompt.rstrip("?.").split())) for e in pool)
+    assert kept < 0.1 * len(pool)
+
+
+def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
+    rows = {}
+    for iterate in (1, 2):
+        train.main(small(tmp_path / f"{iterate}", iterate=iterate, steps=8, evolve=1, batch_size=4))
+        generated = torch.load(tmp_path / f"{iterate}" / "checkpoint.pt", weights_only=True)["generated"]
+        rows[iterate] = sum(bool(lists) for lists in generated)
+    assert rows == {1: 32, 2: 16}
+
+
+def test_sample_temperature_changes_the_pool_and_clip_and_decay_the_step(tmp_path):
+    ends = {}
+    for name, settings in {
+        "base": {},
+        "pool": {"sample_temperature": 3.0},
+        "clip": {"clip": 1e-9},
+        "decay": {"weight_decay": 5.0},
+    }.items():
+        train.main(small(tmp_path / name, steps=4, evolve=1, **settings))
+        ends[name] = weights(tmp_path / name)
+    assert not any(same(ends["base"], ends[name]) for name in ("pool", "clip", "decay"))
+
+
+def test_a_half_written_log_line_does_not_stop_a_resumed_run(finished, tmp_path):
+    folder = finished[0].parent / "half"
+    train.main(small(folder))
+    with open(folder / "log.jsonl", "a") as f:
+        f.write('{"step": 9, "evo')
+    train.main(train.command_line(["--resume", str(folder)]))
+    assert (folder / "log.jsonl").read_text() == (finished[0] / "log.jsonl").read_text()
+
+
+def test_lists_of_one_response_train_the_reference_and_are_left_out_of_lire(tmp_path, capsys):
+    single = write(
+        tmp_path / "single.jsonl", [{**r, "responses": r["responses"][:1], "rewards": r["rewards"][:1]} for r in LISTS]
+    )
+    metrics = train.main(small(tmp_path / "sft", objective="sft", data=[single], evolve=None, vocab_size=300))
+    assert metrics["kl"] == 0 and "top1_reward_longest" not in metrics
+    mixed = write(
+        tmp_path / "mixed.jsonl",
+        [
+            {**r, "responses": r["responses"][: 1 + i % 2], "rewards": r["rewards"][: 1 + i % 2]}
+            for i, r in enumerate(LISTS)
+        ],
+    )
+    train.main(small(tmp_path / "lire", data=[mixed], evolve=None, vocab_size=300))
+    assert "lists of a single response are left out" in capsys.readouterr().out
+
+
+def test_no_steps_is_the_reference_itself(tmp_path):
+    assert train.main(small(tmp_path / "run", steps=0))["kl"] == 0
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
+    path = write(tmp_path / "lists.jsonl", LISTS)
+    held = write(tmp_path / "held.jsonl", LISTS[:7])
+    world = train.make_world(
+        train.resolve(small(tmp_path / "run", data=[path], eval_data=[held], evolve=None, vocab_size=300))
+    )
+    assert not {e.prompt for e in world.logged} & {e.prompt for e in world.heldout}
+    assert "7 lists with a held-out prompt are left out" in capsys.readouterr().out
+
+
+def test_ties_of_a_score_give_the_mean_reward_of_the_tied():
+    assert train.list_outcome([1.0, 1.0, 0.0], [4.0, 2.0, 9.0]) == (3.0, 0.5, 3)
