@@ -9,7 +9,8 @@ to it. `repeated` is the same model given B * M prompts with one response each; 
 They run in turn (pairs: once, repeated, repeated, once, ...); shown are the median and, in brackets, the quartiles, of each
 time and of the ratio pair by pair. Prompts and responses have their full length, so nothing is padding.
 
-The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the measured ratio over it. `peak` is
+The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the measured ratio over it. `FLOPs`
+is the ratio of all operations: the head meets the same responses in both, so a large vocabulary makes it smaller. `peak` is
 useful_flops / seconds as a share of this machine's own float32 matrix product, measured first. `MB` is the peak memory of an
 update above what the process held before it, each variant in a process of its own: the resident set on a CPU (ru_maxrss),
 torch's allocator on a GPU. Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
@@ -201,7 +202,11 @@ def measure(name, shape, device, pairs, peak, sampling=False):
     }
     row["reached"] = row["ratio"][1] / row["token_ratio"]
     flops = useful_flops(model.config, B, M, S, R)
-    row |= {"peak_once": flops / row["once"][1] / peak, "peak_repeated": flops / row["repeated"][1] / peak}
+    row |= {
+        "flops_ratio": useful_flops(model.config, B * M, 1, S, R) / flops,
+        "peak_once": flops / row["once"][1] / peak,
+        "peak_repeated": flops / row["repeated"][1] / peak,
+    }
     if sampling:
         draw = lambda f: f(model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0))
         row["sampling_pairs"] = min(pairs, 3)
@@ -228,6 +233,7 @@ COLUMNS = [  # title, width, text of a row
     ("ms repeated", 20, lambda r: spread(r["repeated"], 1e3, 0)),
     ("repeated / once", 18, lambda r: spread(r["ratio"])),
     ("tokens", 7, lambda r: f"{r['token_ratio']:.2f}"),
+    ("FLOPs", 7, lambda r: f"{r['flops_ratio']:.2f}"),
     ("reached", 8, lambda r: f"{r['reached']:.0%}"),
     ("peak once", 10, lambda r: f"{r['peak_once']:.0%}"),
     ("rep.", 5, lambda r: f"{r['peak_repeated']:.0%}"),

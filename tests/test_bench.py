@@ -92,6 +92,7 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
     assert row["reached"] == row["ratio"][1] / row["token_ratio"] and row["token_ratio"] == 10 / 7
     flops = bench.useful_flops(models.GPTConfig(), 16, 2, 3, 2)
     assert row["peak_once"] == pytest.approx(flops / row["once"][1] / 1e12)
+    assert row["flops_ratio"] == bench.useful_flops(models.GPTConfig(), 16 * 2, 1, 3, 2) / flops
     assert row["memory_once"] >= 0 and row["memory_repeated"] >= 0
     assert bench.show(row) in capsys.readouterr().out
 
