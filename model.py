@@ -260,14 +260,17 @@ def sample(model, prompt_ids, prompt_mask, M, max_tokens, generator, temperature
 
 
 def next_token_probs(logits, top_k=0, top_p=1.0, allowed=None):
-    """softmax [N, V] of logits [N, V] over the allowed tokens [V], cut to the top_k likeliest and to the nucleus top_p."""
+    """softmax [N, V] of logits [N, V] over the allowed tokens [V], cut to the top_k likeliest and to the nucleus top_p
+    (what is cut is 0; the rest is not normalised anew)."""
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        kept = logits.topk(min(top_k, logits.shape[-1])).indices
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(descending=True)
         cut = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens hold p already; the likeliest is always kept
+        cut[:, 0] = False
         probs = probs.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), 0.0)
     return probs
