@@ -3,7 +3,7 @@
 A Record is {"prompt": str, "responses": [str, ...], "rewards": [float, ...]}, one line of a .jsonl file.
 
     make_task("dialogue", rng) -> Task      prompts, logged responses, and reward(prompt, response) -> float
-    load(["lists.jsonl"])      -> Records   canonical lists or COPA-SSE; a bad line ends it with FILE:LINE: what is wrong
+    load(["lists.jsonl"])      -> Records   lists, single responses or COPA-SSE; a bad line ends it with FILE:LINE: what is wrong
     train_bpe(texts, 512)      -> ranks     a byte-pair encoding, used through tiktoken (`encoding`)
     tokenize(records, enc)     -> Examples  token ids, EOS appended
     make_batch(examples, eos)  -> Batch     padded tensors; masks are carried, never guessed from values
@@ -207,7 +207,7 @@ def summary(rng) -> Task:
 
     def tldr(prompt):
         facts, place = facts_of(prompt), re.search(r"to (\w+)\.", prompt)[1]
-        claims = [rng.choice(THINGS if rng.random() < 0.25 else facts) for _ in range(rng.randint(1, 5))]
+        claims = [rng.choice(THINGS if rng.random() < 1 / 8 else facts) for _ in range(rng.randint(1, 5))]
         claims = [rng.choice(FILLER) if rng.random() < 0.15 else c for c in claims]
         return f"{rng.choice(OLD_PLACES) if rng.random() < 1 / 24 else place}: " + ", ".join(claims) + "."
 
@@ -299,7 +299,8 @@ class DataError(ValueError):
 
 
 def load(paths, limit: int = 0, say=print) -> list[dict]:
-    """Read preference lists: .jsonl or .jsonl.gz, canonical records or COPA-SSE's own, recognised from the first record.
+    """Read preference data: .jsonl or .jsonl.gz; lists (canonical records, COPA-SSE's own) or single responses with a
+    reward or a thumb (`_single`), recognised from the first record. Single responses to one prompt become one list.
 
     Records that are well-formed but unusable (an empty prompt or response) are dropped and counted.
 
@@ -312,7 +313,7 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
             break
         found, dropped, number, parse = [], [], 0, None
         for number, line in enumerate(_lines(path), 1):
-            if limit and len(records) + len(found) >= limit:
+            if limit and len(records) + len(found) >= limit and parse is not _single:
                 break
             if not line.strip():
                 continue
@@ -320,7 +321,7 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise DataError(f"{type(row).__name__} instead of an object, expected {CANONICAL}")
-                parse = parse or (_copa if "human-explanations" in row else _canonical)
+                parse = parse or _recognised(row)
                 record = _plain(parse(row))
             except DataError as e:
                 raise DataError(f"{path}:{number}: {e}") from None
@@ -343,10 +344,12 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
                 raise DataError(
                     f"{path}:{dropped[0]}: more than 5 % of the records are unusable, expected text in prompt and responses"
                 )
+        if parse is _single:
+            found = _grouped(found)[: limit - len(records) if limit else None]
         first = found[0]
         best = first["responses"][first["rewards"].index(max(first["rewards"]))]
         say(
-            f"{path}: {'COPA-SSE' if parse is _copa else 'canonical'} lists, {len(found)} prompts, "
+            f"{path}: {KINDS_OF_DATA[parse]}, {len(found)} prompts, "
             f"{sum(len(r['responses']) for r in found)} responses; best of record 1: {best[:60]!r}"
         )
         records += found
@@ -355,6 +358,23 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
 
 COPA = '{"p": str, "asks-for": "cause" or "effect", "a1": str, "a2": str, "most-plausible-alternative": 1 or 2, "human-explanations": [...]}'
 CANONICAL = '{"prompt": str, "responses": [str, ...], "rewards": [number, ...]}'
+SINGLE = '{"prompt": str, "response": str, "reward": number}, or "label": true or false for the reward'
+
+
+def _recognised(row):
+    if "human-explanations" in row:
+        return _copa
+    return _single if "responses" not in row and ("response" in row or "completion" in row) else _canonical
+
+
+def _grouped(records):
+    """One list a prompt, in the order of first appearance."""
+    lists = {}
+    for r in records:
+        found = lists.setdefault(r["prompt"], {"prompt": r["prompt"], "responses": [], "rewards": []})
+        found["responses"] += r["responses"]
+        found["rewards"] += r["rewards"]
+    return list(lists.values())
 
 
 def _lines(path):
@@ -409,6 +429,23 @@ def _canonical(row):
     }
 
 
+def _single(row):
+    """One response: `response` or `completion` with `reward`, `score` or `rating`, or with `label`, a thumb up (+1) or down (-1)."""
+    name = lambda *names: next((n for n in names if n in row), names[0])
+    reward = name("reward", "score", "rating", "label")
+    if reward == "label":
+        thumb = row["label"]
+        if not isinstance(thumb, bool):
+            if not isinstance(thumb, (int, float)):
+                raise DataError(f"'label' is {thumb!r}, expected true or false, or a number (thumbs up above 0)")
+            thumb = _number(thumb, "'label'") > 0
+        value = 1.0 if thumb else -1.0
+    else:
+        value = _number(_need(row, reward, object, "a number", SINGLE), f"{reward!r}")
+    text = _need(row, name("response", "completion"), str, "a string", SINGLE)
+    return {"prompt": _need(row, "prompt", str, "a string", SINGLE), "responses": [text], "rewards": [value]}
+
+
 def _copa(row):
     """COPA-SSE (Brassard et al. 2022): the premise, Why? or So what?, the right answer; rated explanations."""
     asks = _need(row, "asks-for", str, '"cause" or "effect"', COPA)
@@ -429,6 +466,9 @@ def _copa(row):
             for i, e in enumerate(rated)
         ],
     }
+
+
+KINDS_OF_DATA = {_canonical: "canonical lists", _copa: "COPA-SSE lists", _single: "single responses"}
 
 
 def split(records, share: float = 0.1):

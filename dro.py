@@ -1,11 +1,14 @@
-"""The optimum of reward under a KL penalty, in closed form, and the reward-KL frontier (Richemond et al. 2024,
-arXiv 2405.19107).
+"""DRO: direct reward optimisation (Richemond et al. 2024, arXiv 2405.19107), and the optimum that it aims at.
 
     max_pi  E_pi[r] - tau KL(pi || pi_ref)    is reached by    pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V*(x)) / tau)     (Eq. 2)
     V*(x) = tau log E_{y ~ pi_ref} exp(r(x, y) / tau)
 
-Among all policies whose KL, averaged over prompts, is at most K, none earns more than this one, with one tau for all
-prompts and a normaliser for each. `frontier` finds it and says how near to it a policy is.
+so r - V* - tau log pi*/pi_ref = 0 for every response, and DRO learns policy and value by making that residual small on
+responses from anywhere, one reward each (Eq. 4). No pairs, no samples from the policy. DRO is not "distributionally robust
+optimisation". Losses take flat tensors [N], one element a response.
+
+Among all policies whose KL, averaged over prompts, is at most K, none earns more than pi*, with one tau for all prompts
+and a normaliser for each. `frontier` finds it and says how near to it a policy is.
 """
 
 import math
@@ -14,9 +17,74 @@ from typing import NamedTuple
 import torch
 
 
-def _check(*tensors):
-    if any(t.shape != tensors[0].shape or t.dim() != 2 for t in tensors):
-        raise ValueError(f"expected [B, M] tensors of one shape, got {[tuple(t.shape) for t in tensors]}")
+def _check(*tensors, form="[B, M]"):
+    if any(t.shape != tensors[0].shape or t.dim() != form.count(",") + 1 for t in tensors):
+        raise ValueError(f"expected {form} tensors of one shape, got {[tuple(t.shape) for t in tensors]}")
+
+
+def _flat(tau, *tensors):
+    if not tau > 0:
+        raise ValueError(f"tau must be positive, got {tau}")
+    _check(*tensors, form="[N]")
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+# --------------------------------------------------------------------------------------------------------------------- losses
+
+
+def dro_loss(logps, ref_logps, rewards, values, tau):
+    """The squared residual 1/2 (r - V - tau (logps - ref_logps))^2, one loss for policy and value (Eq. 4, arXiv 2405.19107).
+
+    Zero for every response if and only if the policy is pi* and V is V* (where the data cover what pi_ref can say).
+
+    Args: logps, ref_logps [N], sums over tokens, nats; rewards [N]; values [N], V(x) of each response's prompt; tau > 0.
+    Returns: [N], squared units of the reward. Raises: ValueError on other shapes or tau <= 0. Differs from the paper: nothing.
+
+    >>> one = lambda x: torch.tensor([x])
+    >>> dro_loss(one(-3.0), one(-3.5), one(1.0), one(0.2), 0.5)         # residual 1 - 0.2 - 0.5 x 0.5 = 0.55
+    tensor([0.1513])
+    """
+    logps, ref_logps, rewards, values = _flat(tau, logps, ref_logps, rewards, values)
+    return 0.5 * (rewards - values - tau * (logps - ref_logps)).square()
+
+
+def dro_v_losses(logps, ref_logps, rewards, values, tau):
+    """DRO-V, Algorithm 1: the policy's loss and the value's, each blind to the other's gradient (Eqs. 7, 8, arXiv 2405.19107).
+
+        policy  -logps (r - V) + tau/2 (logps - ref_logps)^2     gradient: that of `dro_loss` over tau, V held fixed
+        value   1/2 (r - tau (logps - ref_logps) - V)^2          gradient: that of `dro_loss`, the policy held fixed
+
+    Args, Raises: as `dro_loss`. Returns: policy losses [N], value losses [N]; add their means (two networks), or step apart.
+    Differs from the paper: the box of Algorithm 1 prints 1/2 where Eq. 8 over tau gives tau/2. The two agree at tau = 1
+        only; with 1/2 the policy ends elsewhere or diverges (`python -m experiments.exact` shows both).
+
+    >>> one = lambda x: torch.tensor([x])
+    >>> dro_v_losses(one(-3.0), one(-3.5), one(1.0), one(0.2), 0.5)     # 3 x 0.8 + 0.25 x 0.25; 1/2 (1 - 0.25 - 0.2)^2
+    (tensor([2.4625]), tensor([0.1513]))
+    """
+    logps, ref_logps, rewards, values = _flat(tau, logps, ref_logps, rewards, values)
+    ratios = logps - ref_logps
+    policy = -logps * (rewards - values.detach()) + tau / 2 * ratios.square()
+    return policy, 0.5 * (rewards - tau * ratios.detach() - values).square()
+
+
+def dro_p_loss(logps, ref_logps, rewards, tau):
+    """DRO-P: no value network, the batch's mean stands for it: 1/2 Var_batch(r - tau (logps - ref_logps)) (Appendix B).
+
+    The variance mixes prompts, so the optimum is pi* only if V* is the same for all of them; else it is biased.
+
+    Args, Raises: as `dro_loss`. Returns: a scalar (the biased variance; 0 for one response).
+    Differs from the paper: the printed update lacks the centring of r and has tau for tau/2; its two-sample loss needs 1/4.
+
+    >>> two = lambda *x: torch.tensor(x)
+    >>> dro_p_loss(two(-3.0, -5.0), two(-3.5, -4.2), two(1.0, -0.5), 0.5)   # r - tau l = 0.75, -0.1: 1/2 x 0.425^2
+    tensor(0.0903)
+    """
+    logps, ref_logps, rewards = _flat(tau, logps, ref_logps, rewards)
+    return 0.5 * (rewards - tau * (logps - ref_logps)).var(correction=0)
+
+
+# -------------------------------------------------------------------------------------------------------- optimum and frontier
 
 
 def optimal_value(ref_logps, rewards, tau):
@@ -48,7 +116,9 @@ def optimal_logps(ref_logps, rewards, tau):
 
 
 def kl_divergence(logps, ref_logps):
-    """sum_j p_j (log p_j - log q_j) of each row, with 0 log 0 = 0: [B, M], [B, M] -> [B], nats.
+    """KL(p || q) = sum_j p_j (log p_j - log q_j) of each row, with 0 log 0 = 0.
+
+    Args: logps, ref_logps [B, M], log p and log q. Returns: [B], nats. Raises: ValueError on other shapes.
 
     >>> kl_divergence(torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log())       # log 2
     tensor([0.6931])
@@ -62,6 +132,7 @@ def tau_at_kl(ref_logps, rewards, kl):
     """The one tau whose optimal policies have this KL on average over prompts (bisection on log tau).
 
     Args: ref_logps, rewards [B, M], as `optimal_value`; kl: nats. Returns: tau, or nan where no tau reaches this KL.
+    Raises: ValueError on other shapes. Differs from the paper: derived here; the paper fixes tau and leaves the KL free.
 
     >>> ref_logps, rewards = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[1.0, 0.0, -1.0]])
     >>> kl = kl_divergence(optimal_logps(ref_logps, rewards, 0.5), ref_logps).item()
@@ -82,7 +153,9 @@ def tau_at_kl(ref_logps, rewards, kl):
 
 
 def greedy_logps(ref_logps, rewards):
-    """log pi* in the limit tau -> 0: the reference restricted to the best-rewarded responses, [B, M], [B, M] -> [B, M].
+    """log pi* in the limit tau -> 0: the reference restricted to the best-rewarded responses.
+
+    Args, Raises: as `optimal_value`, without tau. Returns: [B, M], -inf for what earns less than the best.
 
     >>> greedy_logps(torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.0, 1.0, 1.0]])).exp()
     tensor([[0.0000, 0.6000, 0.4000]])
@@ -121,6 +194,25 @@ def mixture_weights(log_ratios):
     return log_rho.log_softmax(-1), log_w.log_softmax(-1)
 
 
+def frontier_curve(log_b, rewards):
+    """KL and reward of the optimum for every prompt, from no KL to the limit tau -> 0: the frontier, to draw or to resample.
+
+    Args: log_b, rewards [B, N], as `frontier`. Returns: kl, reward [G, B], rising along G; average over B for the curve.
+    Raises: ValueError on other shapes.
+
+    >>> kl, reward = frontier_curve(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]))
+    >>> kl[0].item() < 1e-6, round(kl[-1].item(), 4), reward[-1].item()   # at the end log 2 nats, and the best reward
+    (True, 0.6931, 1.0)
+    """
+    scale = (rewards.max() - rewards.min()).clamp_min(1e-12)
+    taus = scale * torch.logspace(3, -3, 121, dtype=rewards.dtype)
+    optima = [optimal_logps(log_b, rewards, tau.item()) for tau in taus] + [greedy_logps(log_b, rewards)]
+    return (
+        torch.stack([kl_divergence(optimum, log_b) for optimum in optima]),
+        torch.stack([(optimum.exp() * rewards).sum(-1) for optimum in optima]),
+    )
+
+
 def frontier(log_b, log_w, rewards, resamples=200, seed=0):
     """How near is a policy to the best one of its KL? Exact where the responses are enumerated, else by importance weights.
 
@@ -146,11 +238,7 @@ def frontier(log_b, log_w, rewards, resamples=200, seed=0):
     optimal = (best * rewards).sum(-1).mean().item()
 
     # Bootstrap: KL and reward of the optimum on a grid of tau, for each prompt, then means of resamples.
-    scale = (rewards.max() - rewards.min()).clamp_min(1e-12)
-    optima = [optimal_logps(log_b, rewards, t.item()) for t in scale * torch.logspace(3, -3, 121, dtype=torch.float64)]
-    optima.append(greedy_logps(log_b, rewards))
-    grid_kl = torch.stack([kl_divergence(o, log_b) for o in optima])  # [G, B], rising along G
-    grid_reward = torch.stack([(o.exp() * rewards).sum(-1) for o in optima])
+    grid_kl, grid_reward = frontier_curve(log_b, rewards)
     draws = torch.randint(len(kl), (resamples, len(kl)), generator=torch.Generator().manual_seed(seed))
     optima, gains = [], []
     for rows in draws:

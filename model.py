@@ -1,20 +1,24 @@
-"""A small GPT that reads a prompt once and scores or samples M responses of it.
+"""A small GPT and a T5-like encoder-decoder that read a prompt once and score or sample M responses of it; a value network.
 
     model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]
     model.hidden(prompt_ids, prompt_mask, response_ids) -> [B, M, R, D]   what the head reads
     model.encode(prompt_ids, prompt_mask)               -> [B, S, D]      the prompt's own states
     response_logps(model, batch)                        -> [B, M]         log pi(response | prompt), a sum over tokens
     sample(model, prompt_ids, prompt_mask, M, ...)      -> response_ids, response_mask [B, M, R]
+    ValueNetwork(backbone)(prompt_ids, prompt_mask)     -> [B]            V(x), of the prompt alone
 
-B prompts, M responses of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads.
+Both models have this interface. B prompts, M responses of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads.
 Prompts and responses are padded on the right; what stands in the padding changes nothing.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# ------------------------------------------------------------------------------------------------------------------------ GPT
 
 
 @dataclass
@@ -205,6 +209,212 @@ class GPT(nn.Module):
             return self.head(self.ln_f(y[:, 0]))
 
         return self.head(self.ln_f(first)).repeat_interleave(M, 0), step
+
+
+# ------------------------------------------------------------------------------------------------------------------------- T5
+
+BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions
+
+
+@dataclass
+class T5Config:
+    """Size of a T5, v1.1 layout. T5 v1.1 and FLAN-T5 large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0)."""
+
+    vocab_size: int = 512
+    layers: int = 2  # of the encoder, and as many of the decoder
+    heads: int = 4
+    width: int = 128
+    head_width: int = 32
+    mlp_width: int = 344
+    eos: int = 511  # the token that ends a response
+    start: int = 512  # what the decoder reads first: T5's padding id, or one id more than the vocabulary
+
+
+def position_bucket(relative, bidirectional: bool):
+    """Bucket 0 .. 31 of a relative position, key minus query (T5; Raffel et al. 2020, as in T5X and transformers).
+
+    Near positions have a bucket each, far ones share buckets that grow with log distance, up to MAX_DISTANCE. An encoder
+    gives half of the buckets to keys after the query; to a causal decoder they are all one.
+
+    >>> position_bucket(torch.tensor([-200, -16, -1, 0, 1, 64]), bidirectional=True)
+    tensor([15, 10,  1,  0, 17, 30])
+    """
+    buckets = BUCKETS // 2 if bidirectional else BUCKETS
+    distance = relative.abs() if bidirectional else (-relative).clamp_min(0)
+    near = buckets // 2
+    far = (distance.clamp_min(1).float() / near).log() / math.log(MAX_DISTANCE / near) * (buckets - near)
+    bucket = torch.where(distance < near, distance, (near + far.long()).clamp_max(buckets - 1))
+    return bucket + buckets * (relative > 0) if bidirectional else bucket
+
+
+class T5Attention(nn.Module):
+    """Multi-head attention without biases, and without 1 / sqrt(d): the query's initialisation carries that."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.heads, inner = config.heads, config.heads * config.head_width
+        self.q = nn.Linear(config.width, inner, bias=False)
+        self.k = nn.Linear(config.width, inner, bias=False)
+        self.v = nn.Linear(config.width, inner, bias=False)
+        self.o = nn.Linear(inner, config.width, bias=False)
+
+    def split(self, t):
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, T, H d] -> [N, H, T, d]
+
+    def keys_values(self, states):
+        """Keys and values [N, H, T, d] of states [N, T, D]."""
+        return self.split(self.k(states)), self.split(self.v(states))
+
+    def forward(self, x, keys_values, mask):
+        """x [N, T, D]; mask: bool, or a number that is added to every score (N, H, T, keys)."""
+        y = F.scaled_dot_product_attention(self.split(self.q(x)), *keys_values, attn_mask=mask, scale=1.0)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class T5Block(nn.Module):
+    """Pre-norm: self-attention, in the decoder cross-attention to the prompt, gated MLP; each is added to its input."""
+
+    def __init__(self, config: T5Config, decoder: bool):
+        super().__init__()
+        norm = lambda: nn.RMSNorm(config.width, eps=1e-6)
+        self.attn_norm, self.attn = norm(), T5Attention(config)
+        if decoder:
+            self.cross_norm, self.cross = norm(), T5Attention(config)
+        self.mlp_norm = norm()
+        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x, mask, prompt=None, prompt_mask=None, past=None):
+        """x [N, T, D]; prompt: this layer's cross-attention keys and values [B, H, S, d], shared by the N / B responses of each."""
+        y = self.attn_norm(x)
+        keys_values = self.attn.keys_values(y)
+        x = x + self.attn(y, past.extend(*keys_values) if past else keys_values, mask)
+        if prompt is not None:  # all tokens of a prompt's M responses are queries side by side: nothing is copied
+            y = self.cross_norm(x).reshape(len(prompt[0]), -1, x.shape[-1])  # [B, M T, D]
+            x = x + self.cross(y, prompt, prompt_mask).view_as(x)
+        y = self.mlp_norm(x)
+        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
+
+
+class T5Stack(nn.Module):
+    """Encoder or decoder: blocks, one table of relative positions for all of them, a norm at the end."""
+
+    def __init__(self, config: T5Config, decoder: bool):
+        super().__init__()
+        self.decoder = decoder
+        self.positions = nn.Embedding(BUCKETS, config.heads)
+        self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+
+    def bias(self, T: int):
+        """What attention adds to its scores [1, H, T, T]: learned by relative position; -inf ahead of a decoder's query."""
+        place = torch.arange(T, device=self.positions.weight.device)
+        relative = place - place[:, None]  # [T query, T key]
+        bias = self.positions(position_bucket(relative, not self.decoder)).permute(2, 0, 1)[None]
+        return bias.masked_fill(relative > 0, -torch.inf) if self.decoder else bias
+
+
+class T5(nn.Module):
+    """T5 v1.1: RMSNorm, no biases, gated GELU, relative positions, untied head. The encoder reads the prompt once.
+
+    >>> model = T5(T5Config(vocab_size=11, layers=1, heads=2, width=8, head_width=4, mlp_width=16, eos=10, start=11))
+    >>> prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
+    >>> model(prompt, mask, torch.tensor([[[4, 10], [5, 10]]])).shape      # B = 1 prompt, M = 2 responses of R = 2 tokens
+    torch.Size([1, 2, 2, 11])
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(max(config.vocab_size, config.start + 1), config.width)  # of encoder and decoder
+        self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        D, d = config.width, config.head_width
+        std = {"q": (D * d) ** -0.5, "o": (config.heads * d) ** -0.5, "wo": config.mlp_width**-0.5, "shared": 1.0}
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=std.get(name.split(".")[-2], D**-0.5))
+
+    def encode(self, prompt_ids, prompt_mask):
+        """States of the prompt's own tokens, [B, S, D]; those of padding are to be masked by the reader."""
+        x = self.shared(prompt_ids)
+        mask = self.encoder.bias(prompt_ids.shape[1]).masked_fill(
+            ~prompt_mask[:, None, None], -torch.inf
+        )  # [B, H, S, S]
+        for block in self.encoder.blocks:
+            x = block(x, mask)
+        return self.encoder.norm(x)
+
+    def hidden(self, prompt_ids, prompt_mask, response_ids):
+        """States that predict each response token; the decoder reads the start token and the response but its last.
+
+        Args: prompt_ids, prompt_mask [B, S] (at least one real token a row); response_ids [B, M, R]. Returns: [B, M, R, D].
+        """
+        B, M, R = response_ids.shape
+        states = self.encode(prompt_ids, prompt_mask)
+        start = response_ids.new_full((B, M, 1), self.config.start)
+        y = self.shared(torch.cat([start, response_ids[..., :-1]], -1)).flatten(0, 1)  # [B * M, R, D]
+        mask = self.decoder.bias(R)
+        for block in self.decoder.blocks:
+            y = block(y, mask, block.cross.keys_values(states), prompt_mask[:, None, None])
+        return self.decoder.norm(y).unflatten(0, (B, M))
+
+    def head(self, states):
+        """Logits [..., V] of states [..., D]."""
+        return self.lm_head(states)
+
+    def forward(self, prompt_ids, prompt_mask, response_ids):
+        """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
+        return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
+
+    def decode(self, prompt_ids, prompt_mask, M: int, max_tokens: int):
+        """As GPT.decode: the first logits [B * M, V], and step(ids, rows) -> logits [len(rows), V]."""
+        states = self.encode(prompt_ids, prompt_mask).repeat_interleave(M, 0)  # [B * M, S, D]
+        prompts = [block.cross.keys_values(states) for block in self.decoder.blocks]
+        prompt_mask = prompt_mask.repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S]
+        cache = [SamplingCache(k[:, :, :0], v[:, :, :0], 1, max_tokens) for k, v in prompts]
+        bias = self.decoder.bias(max_tokens)
+
+        def step(ids, rows=None):
+            nonlocal prompts, prompt_mask
+            if rows is not None:
+                prompts, prompt_mask = [(k[rows], v[rows]) for k, v in prompts], prompt_mask[rows]
+                for past in cache:
+                    past.k, past.v = past.k[rows], past.v[rows]
+            y, t = self.shared(ids)[:, None], cache[0].length  # [rows, 1, D]
+            for block, prompt, past in zip(self.decoder.blocks, prompts, cache):
+                y = block(y, bias[:, :, t : t + 1, : t + 1], prompt, prompt_mask, past)
+            return self.head(self.decoder.norm(y[:, 0]))
+
+        return step(torch.full((len(states),), self.config.start, device=states.device)), step
+
+
+# -------------------------------------------------------------------------------------------- value network, scoring, sampling
+
+
+class ValueNetwork(nn.Module):
+    """V(x) of DRO: a linear head on the mean of the prompt's states, padding left out. It never sees a response.
+
+    The head starts at zero, so V starts at 0, the mean of the normalised rewards.
+
+    >>> value = ValueNetwork(GPT(GPTConfig(vocab_size=11, context=16, layers=1, heads=2, width=8, eos=10)))
+    >>> value(torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[True, True, True], [True, True, False]])).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = nn.Linear(backbone.config.width, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, prompt_ids, prompt_mask):
+        """V [B], float32, in units of the reward, of prompts [B, S]."""
+        states = self.backbone.encode(prompt_ids, prompt_mask).float()
+        total = torch.where(prompt_mask[..., None], states, 0.0).sum(1)  # [B, D]
+        return self.value_head(total / prompt_mask.sum(1, keepdim=True)).float()[:, 0]
 
 
 def response_logps(model, batch, allowed=None):

@@ -1,7 +1,7 @@
 """Align a small language model offline, and measure it against the exact optimum.
 
     python train.py --objective lire                                    the main job: synthetic dialogue, about 90 s on two cores
-    python train.py --objective lire --task summary --seed 1            another task, another seed
+    python train.py --objective dro --model t5 --task summary --seed 1  another objective, model, task and seed
     python train.py --objective lire --data lists.jsonl --score mean    your own preference lists
 
 A run makes the data, trains (or finds) the reference model, samples and scores a pool of M candidates a prompt, trains the
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+import baselines
 import data
 import dro
 import lire
@@ -39,35 +40,43 @@ import model as models
 class Config:
     """Everything a run depends on. Every field is an option of the command line: `sft_weight` is --sft-weight."""
 
-    objective: str = "lire"  # lire, or sft: train and save the reference alone
+    objective: str = "lire"  # lire, dro, dro-p, kto, or sft: train and save the reference alone
     task: str = "dialogue"  # synthetic task: dialogue, summary or tiny
     data: list[str] = field(default_factory=list)  # files of preference lists instead of a task (.jsonl, .jsonl.gz)
     eval_data: list[str] = field(default_factory=list)  # held-out lists; without it 10 % of the prompts of --data
     limit: int = 0  # use the first so many lists of --data, 0 for all
     max_prompt: int = 256  # tokens of a prompt, a longer one loses its beginning
     max_response: int = 128  # tokens of a response, a longer one loses its end
-    model: str = "gpt"  # gpt
-    layers: int = 2  # of the model
+    model: str = "gpt"  # gpt or t5
+    layers: int = 2  # of the model; t5: of encoder and decoder each
     heads: int = 4  # of each layer
     width: int = 128  # of the model
     tokenizer: str = "bpe"  # bpe: trained on the run's own text; gpt2: tiktoken's
     vocab_size: int | None = None  # of bpe; default 512 for tasks, 1024 for files
     reference_steps: int | None = None  # SFT steps of the reference; default 600 for tasks, 300 for files
-    reference_lr: float = 4e-3  # its peak learning rate
-    candidates: int = 8  # M, responses sampled for each prompt
+    reference_lr: float | None = None  # its peak learning rate; default 4e-3, for summary 2e-3
+    candidates: int | None = None  # M: sampled for each prompt, default 8; of a file's lists the first M, default all
+    behaviour: str = "policy"  # who answers in the pools: policy, reference, or uniform (tiny: any response)
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = None  # Evolve rounds, each with a new pool; default 5 for tasks, 0 for files
+    evolve: int | None = None  # rounds, each with a new pool; default 5 for lire, else 1; 0 for files: their own lists
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
-    reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire
-    sft_weight: float = 0.1  # weight of the SFT term on the best candidate
+    reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire, global for dro
+    sft_weight: float = 0.1  # weight of the SFT term on the best candidate (lire)
+    tau: float = 1.0  # DRO's KL strength, in units of the normalised reward
+    beta: float = 5.0  # KTO's KL strength
+    desirable: str | None = None  # KTO: above the batch's mean, or positive: above 0 (default for thumbs)
+    value: str = "prompt"  # DRO's V: one for each prompt, or one for the batch
+    value_lr: float | None = None  # peak learning rate of the value network; default lr
+    share_networks: bool = False  # V is a head on the policy's own states, instead of a network of its own
     shuffle_prompts: bool = False  # control: train every list under another prompt
     steps: int = 400  # optimiser steps in all, over all rounds
     batch_size: int = 16  # B, prompts a step
+    optimizer: str = "adamw"  # adamw, or adafactor, which the DRO paper used
     lr: float = 5e-4  # peak learning rate, warm-up 3 %, then linear to 0
-    weight_decay: float = 0.0  # AdamW's
-    clip: float = 1.0  # gradient norm
+    weight_decay: float = 0.0  # of the optimizer
+    clip: float = 1.0  # gradient norm, of each network by itself
     eval_prompts: int = 64  # prompts of each evaluation split
     eval_samples: int = 64  # responses a prompt from the policy and as many from the reference
     eval_every: int = 50  # steps between quick evaluations and checkpoints
@@ -85,16 +94,20 @@ class ConfigError(ValueError):
 
 CHOICES = {
     "task": ("dialogue", "summary", "tiny"),
-    "model": ("gpt",),
+    "model": ("gpt", "t5"),
     "tokenizer": ("bpe", "gpt2"),
+    "behaviour": ("policy", "reference", "uniform"),
     "score": ("sum", "mean"),
     "reward_norm": ("softmax", "list-zscore", "global", "none"),
+    "desirable": (None, "mean", "positive"),
+    "value": ("prompt", "batch"),
+    "optimizer": ("adamw", "adafactor"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
     "layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
-    "clip eval_prompts eval_samples eval_every"
+    "tau beta value_lr clip eval_prompts eval_samples eval_every"
 ).split()
 
 
@@ -103,16 +116,21 @@ def resolve(config: Config) -> Config:
     c, files = dataclasses.replace(config), bool(config.data)
     c.vocab_size = c.vocab_size if c.vocab_size is not None else 1024 if files else 512
     c.reference_steps = c.reference_steps if c.reference_steps is not None else 300 if files else 600
-    c.evolve = c.evolve if c.evolve is not None else 0 if files else 5
-    c.reward_norm = c.reward_norm or ("softmax" if c.objective == "lire" else "none")
+    if c.reference_lr is None:  # copying out of a post of 70 tokens is learnt sooner at half the rate
+        c.reference_lr = 2e-3 if c.task == "summary" and not files else 4e-3
+    c.evolve = c.evolve if c.evolve is not None else 0 if files else 5 if c.objective == "lire" else 1
+    c.candidates = 8 if c.candidates is None and not files else c.candidates
+    c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global"}.get(c.objective, "none")
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(c, name)!r}: choose from {', '.join(choices)}")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {getattr(c, name)!r}: choose from {', '.join(filter(None, choices))}"
+            )
     for name, value in vars(c).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{flag} must be finite, got {value}")
-        if name in POSITIVE and not value > 0:
+        if name in POSITIVE and value is not None and not value > 0:
             raise ConfigError(f"{flag} must be positive, got {value}")
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{flag} must not be negative, got {value}")
@@ -124,11 +142,15 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: leave it at 0"
         )
-    if not files and not c.evolve:
-        raise ConfigError("--evolve 0 trains on the responses of a file: give one with --data, or evolve at least once")
+    if c.behaviour == "uniform" and (files or c.task != "tiny"):
+        raise ConfigError("--behaviour uniform draws from all responses there are, which only --task tiny can name")
+    if c.share_networks and c.value_lr is not None:
+        raise ConfigError("--value-lr is of a value network of its own: leave it or --share-networks away")
+    if c.optimizer == "adafactor" and not hasattr(torch.optim, "Adafactor"):
+        raise ConfigError(f"--optimizer adafactor needs torch 2.5 or newer, this is {torch.__version__}")
     if c.eval_data and not files:
         raise ConfigError("--eval-data goes with --data")
-    if c.objective == "lire" and not files and c.candidates < 2:
+    if c.objective == "lire" and c.candidates is not None and c.candidates < 2:
         raise ConfigError(
             f"--objective lire compares the candidates of a list: --candidates must be at least 2, got {c.candidates}"
         )
@@ -212,15 +234,15 @@ class World:
     """What a run works on: tokens, training lists of the reference, evaluation prompts or lists, and the task if there is one."""
 
     enc: object  # tiktoken.Encoding
-    ranks: dict | None  # its ranks, None for gpt2
     task: data.Task | None
-    logged: list  # Examples the reference is trained on; for files also the pool
-    heldout: list  # Examples: held-out lists of a file, or prompts of a task
-    ood: list  # Examples: prompts about subjects never trained on
-    train: list  # Examples: training prompts of a task
     allowed: torch.Tensor | None  # [max_response, V], tiny alone
     max_response: int
-    fingerprint: str  # sha256 over all texts and rewards
+    ranks: dict | None = None  # of enc, None for gpt2
+    logged: list = ()  # Examples the reference is trained on; with --evolve 0 also the pool
+    heldout: list = ()  # Examples: held-out lists of a file, or prompts of a task
+    ood: list = ()  # Examples: prompts about subjects never trained on
+    train: list = ()  # Examples: training prompts of a task
+    fingerprint: str = ""  # sha256 over all texts and rewards
 
 
 def make_world(c: Config) -> World:
@@ -242,8 +264,10 @@ def make_world(c: Config) -> World:
             )
         if c.objective == "lire" and all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
-                "--objective lire compares the candidates of a list, and every list here has a single response: it can't learn"
+                "--objective lire compares the candidates of a list, and every list here has a single response: it can't learn "
+                "(--objective dro and kto can)"
             )
+        check_rewards(c, [x for r in records for x in r["rewards"][: c.candidates]])
     else:
         task = data.make_task(c.task, random.Random(c.seed))
         records = task.logged
@@ -258,8 +282,6 @@ def make_world(c: Config) -> World:
         raise ConfigError("--task tiny has its own fixed vocabulary: leave --tokenizer at bpe")
     if task and task.words and c.max_response < task.max_response:
         raise ConfigError(f"--task tiny needs --max-response {task.max_response}, got {c.max_response}")
-    if c.data and c.reward_norm == "global":
-        mean_and_deviation([x for r in records for x in r["rewards"]])  # refuses a constant reward
     tokens = lambda records, say=lambda line: None: data.tokenize(records, enc, c.max_prompt, c.max_response, say)
     prompts = lambda split: tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
     h = hashlib.sha256(json.dumps([records, eval_records]).encode())
@@ -277,14 +299,36 @@ def make_world(c: Config) -> World:
     )
 
 
+def check_rewards(c: Config, rewards: list[float]) -> None:
+    """Raises: ConfigError where a file's rewards leave nothing to learn. Thumbs, up 1 and down -1, tell KTO what is desirable."""
+    if c.objective == "sft":
+        return
+    if max(rewards) == min(rewards) and c.objective != "kto":
+        raise ConfigError(f"every reward is {rewards[0]}: there is nothing to learn")
+    c.desirable = c.desirable or ("positive" if set(rewards) <= {1.0, -1.0} else "mean")
+    good = (
+        sum(r > 0 for r in rewards) if c.desirable == "positive" else len(rewards) * (max(rewards) > min(rewards)) / 2
+    )
+    if c.objective == "kto" and good in (0, len(rewards)):
+        kind = "undesirable" if good else "desirable"
+        raise ConfigError(
+            f"--objective kto needs desirable and undesirable responses, and none of these {len(rewards)} is {kind}"
+        )
+
+
 def new_model(c: Config, world: World):
     """A model of the configured size with fresh weights, drawn from the seed alone."""
-    size = models.GPTConfig(
-        world.enc.n_vocab, c.max_prompt + c.max_response, c.layers, c.heads, c.width, world.enc.eot_token
-    )
+    enc, size = world.enc, {"layers": c.layers, "heads": c.heads, "width": c.width}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
-        return models.GPT(size).to(c.device)
+        if c.model == "gpt":
+            config = models.GPTConfig(enc.n_vocab, c.max_prompt + c.max_response, eos=enc.eot_token, **size)
+            return models.GPT(config).to(c.device)
+        mlp = -(-c.width // 3) * 8  # a gated MLP has three matrices: 8/3 of the width for the 4 of an ungated one
+        config = models.T5Config(
+            enc.n_vocab, head_width=c.width // c.heads, mlp_width=mlp, eos=enc.eot_token, start=enc.n_vocab, **size
+        )
+        return models.T5(config).to(c.device)
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
@@ -293,22 +337,25 @@ def lr_at(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
 
 
-def optimizer_step(optimizer, parameters, loss, lr: float, clip: float) -> float:
-    """Backward, clip, step. Returns the gradient norm before clipping; nothing is changed where it is not finite."""
+def optimizer_step(optimizer, loss, step: int, steps: int, clip: float) -> list[float]:
+    """Backward; clip every parameter group (a network each) by itself; one step at the group's own learning rate.
+
+    Returns: the groups' gradient norms before clipping; nothing is changed where one is not finite.
+    """
     optimizer.zero_grad()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
-    if math.isfinite(norm):
+    norms = [torch.nn.utils.clip_grad_norm_(group["params"], clip).item() for group in optimizer.param_groups]
+    if all(map(math.isfinite, norms)):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr_at(step, steps, group["peak"])
         optimizer.step()
-    return norm
+    return norms
 
 
 def train_reference(c: Config, world: World):
     """SFT on the logged responses, good and bad alike: mean negative log-likelihood per token."""
     model = new_model(c, world)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.reference_lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": c.reference_lr}], weight_decay=0.01)
     progress, batches = Progress("reference", c.reference_steps), []
     epoch = 0
     for step in range(c.reference_steps):
@@ -318,7 +365,7 @@ def train_reference(c: Config, world: World):
         with precision(c):
             logps = models.response_logps(model, batch, world.allowed)
         loss = -logps.sum() / batch.response_mask.sum()
-        norm = optimizer_step(optimizer, model.parameters(), loss, lr_at(step, c.reference_steps, c.reference_lr), 1.0)
+        [norm] = optimizer_step(optimizer, loss, step, c.reference_steps, 1.0)
         if not math.isfinite(norm):
             raise FloatingPointError(f"reference step {step}: loss is {loss.item()}; a smaller --reference-lr may help")
         progress.show(step + 1, f"loss {loss.item():.3f}", line=(step + 1) % 200 == 0 or step + 1 == c.reference_steps)
@@ -412,19 +459,21 @@ def chunk_size(c: Config, world: World, M: int) -> int:
     return max(1, int((3e6 if c.device == "cpu" else 1e8) / (M * world.max_response * world.enc.n_vocab)))
 
 
+def with_responses(examples, lists) -> list:
+    """The prompts of `examples` with other responses, as token ids, not rewarded and not scored yet."""
+    return [
+        dataclasses.replace(e, response_ids=ys, rewards=[0.0] * len(ys), ref_logps=None)
+        for e, ys in zip(examples, lists)
+    ]
+
+
 def sample_lists(c: Config, world: World, model, examples, M: int, generator, temperature: float = 1.0) -> list:
     """M sampled responses for the prompt of every example, as token ids: [[ids, ...], ...]."""
     lists = []
     size = max(1, 512 // M)
     for start in range(0, len(examples), size):
-        batch = data.make_batch(
-            [
-                dataclasses.replace(e, response_ids=[[0]], rewards=[0.0], ref_logps=None)
-                for e in examples[start : start + size]
-            ],
-            world.enc.eot_token,
-            c.device,
-        )
+        prompts = with_responses(examples[start : start + size], [[[0]]] * size)
+        batch = data.make_batch(prompts, world.enc.eot_token, c.device)
         with precision(c):
             ids, mask = models.sample(
                 model,
@@ -454,19 +503,38 @@ def rewarded(world: World, prompt: str, lists: list) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------------------ loss
 
 
-def compute_loss(c: Config, logps, batch):
-    """The objective: log-probs [B, M] of a batch to a loss [B] (or a scalar). The one place that knows the objectives."""
+def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
+    """The objective: log-probs [B, M] of a batch to its loss. The one place that knows the objectives.
+
+    values: V(x) [B], for dro; mismatched: log-probs and reference log-probs [B] of mismatched pairs, for kto.
+    Returns: one loss a list or a response, or a dict of several, whose means are added up.
+    """
     mask, lengths = batch.candidate_mask, batch.response_mask.sum(-1)
     rewards = lire.transform_rewards(
         batch.rewards, mask, {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm)
     )
     if c.objective == "lire":
-        scores = logps / lengths.clamp_min(1) if c.score == "mean" else logps
-        loss = lire.lire_loss(scores, rewards, mask, c.temperature)
+        loss = lire.lire_loss(listwise_scores(c, logps, batch), rewards, mask, c.temperature)
         return loss + c.sft_weight * lire.sft_loss(logps, lengths, batch.rewards, mask) if c.sft_weight else loss
+    if c.objective == "dro":
+        values = values[:, None].expand_as(mask)[mask]  # every response counts once, and has its prompt's value
+        policy, value = dro.dro_v_losses(logps[mask], batch.ref_logps[mask], rewards[mask], values, c.tau)
+        return {"loss/policy": policy, "loss/value": value}
+    if c.objective == "dro-p":
+        return dro.dro_p_loss(logps[mask], batch.ref_logps[mask], rewards[mask], c.tau)
+    if c.objective == "kto":
+        desirable = rewards[mask] > (0 if c.desirable == "positive" else rewards[mask].mean())
+        return baselines.kto_loss(logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta)
     if c.objective == "sft":  # the reference is all there is to train
         return -logps.sum(-1) / lengths.sum(-1)
-    raise ConfigError(f"--objective {c.objective!r} is unknown: compute_loss in train.py knows lire and sft")
+    raise ConfigError(
+        f"--objective {c.objective!r} is unknown: compute_loss in train.py knows lire, dro, dro-p, kto and sft"
+    )
+
+
+def listwise_scores(c: Config, logps, batch):
+    """What LIRE's softmax compares [B, M]: log-probs, or their mean over tokens."""
+    return logps / batch.response_mask.sum(-1).clamp_min(1) if c.score == "mean" else logps
 
 
 def try_objective(c: Config) -> None:
@@ -476,44 +544,68 @@ def try_objective(c: Config) -> None:
     response_mask = mask[..., None].expand(2, 3, 4)
     rewards, logps = torch.rand(2, 3, generator=generator), torch.randn(2, 3, generator=generator).requires_grad_()
     batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, response_mask, mask, rewards, logps.detach())
-    compute_loss(c, logps, batch).mean().backward()
+    total(compute_loss(c, logps, batch, rewards[:, 0], (rewards[:, 1], rewards[:, 2]))).backward()
+
+
+def total(losses):
+    """The number to minimise: the mean of what compute_loss gave, or the sum of the means."""
+    return sum(part.mean() for part in losses.values()) if isinstance(losses, dict) else losses.mean()
 
 
 @torch.no_grad()
-def batch_metrics(c: Config, logps, batch) -> dict:
+def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     """What is logged of a step: the names TRL uses where the meaning is the same. Best and worst candidate for chosen, rejected."""
-    mask, lengths = batch.candidate_mask, batch.response_mask.sum(-1)
-    P = lire.candidate_probs(logps / lengths.clamp_min(1) if c.score == "mean" else logps, mask, c.temperature)
-    best = batch.rewards.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
-    worst = batch.rewards.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
-    ratios = logps - batch.ref_logps
-    chosen, rejected = ratios.gather(-1, best), ratios.gather(-1, worst)
-    n = mask.sum(-1)
-    entropy = -torch.where(P > 0, P * P.clamp_min(1e-30).log(), 0.0).sum(-1)
-    metrics = {
-        "rewards/expected": (P * batch.rewards).sum(-1),
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "logps/chosen": logps.gather(-1, best),
-        "logps/rejected": logps.gather(-1, worst),
-        "candidates/entropy": entropy,
-        "candidates/max_prob": P.max(-1).values,
-        "candidates/collapsed": ((P.max(-1).values > 0.99) & (n > 1)).float(),
-    }
-    return {name: value.mean().item() for name, value in metrics.items()}
+    mask, rewards = batch.candidate_mask, batch.rewards
+    strength = {"dro": c.tau, "dro-p": c.tau, "kto": c.beta}.get(c.objective, 1.0)
+    implied = strength * (logps - batch.ref_logps)  # [B, M]
+    m = {name: part.mean() for name, part in losses.items()} if isinstance(losses, dict) else {}
+    if mask.sum(-1).max() > 1:
+        best = rewards.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+        worst = rewards.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
+        chosen, rejected = implied.gather(-1, best), implied.gather(-1, worst)
+        m |= {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "logps/chosen": logps.gather(-1, best),
+            "logps/rejected": logps.gather(-1, worst),
+        }
+    if c.objective == "lire":
+        P = lire.candidate_probs(listwise_scores(c, logps, batch), mask, c.temperature)
+        m |= {
+            "rewards/expected": (P * rewards).sum(-1),
+            "candidates/entropy": -torch.where(P > 0, P * P.clamp_min(1e-30).log(), 0.0).sum(-1),
+            "candidates/max_prob": P.max(-1).values,
+            "candidates/collapsed": ((P.max(-1).values > 0.99) & (mask.sum(-1) > 1)).float(),
+        }
+    else:
+        m["rewards/implied"] = implied[mask]
+        m["rewards/correlation"] = correlation(implied[mask], rewards[mask])
+    if c.objective == "dro":
+        target, values = (rewards - implied)[mask], values[:, None].expand_as(mask)[mask]
+        m["value/mean"] = values
+        m["value/explained_variance"] = 1 - (target - values).var(correction=0) / target.var(correction=0)
+        m["residual/rms"] = (target - values).square().mean().sqrt()
+    return finite({name: value.mean().item() for name, value in m.items()})
+
+
+def correlation(x, y):
+    """Pearson's, of two [N] tensors; nan where one is constant."""
+    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str, enumerated=None) -> tuple[dict, list]:
+def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str, state=None, enumerated=None):
     """Policy against reference, best of 8 and the optimum at the same KL, on `examples` (prompts never trained on).
 
     The optimum is taken over all responses where they can be enumerated (tiny), else over the samples drawn here.
+    state: where DRO keeps its value network and the mean and deviation of the rewards.
 
-    Returns: the metrics, and for each prompt (prompt, policy responses, reference responses) as token ids.
+    Returns: the metrics; for each prompt (prompt, policy responses, reference responses) as token ids; and what a picture
+    shows: the frontier, and V of the prompts beside V*.
     """
     n, enumerated = c.eval_samples, bool(world.task.words) if enumerated is None else enumerated
     drawn = [
@@ -531,10 +623,7 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         )
     else:
         both, pool_rewards = [r + p for r, p in zip(*drawn)], torch.cat(rewards, 1)
-    pool = [
-        dataclasses.replace(e, response_ids=ys, rewards=[0.0] * len(ys), ref_logps=None)
-        for e, ys in zip(examples, both)
-    ]
+    pool = with_responses(examples, both)
     ref_logps, logps = (
         torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64) for m in (reference, policy)
     )
@@ -545,6 +634,8 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         log_b, log_w = dro.mixture_weights(logps - ref_logps)
         kls = (logps - ref_logps)[:, n:].mean(-1)  # [B], over the policy's own samples
     f = dro.frontier(log_b, log_w, pool_rewards, seed=c.seed)
+    curve = torch.stack(dro.frontier_curve(log_b, pool_rewards), -1).mean(1)  # [G, 2], KL and reward
+    picture = {"frontier": curve.tolist(), "policy": [f.kl, f.policy_reward], "reference": [0.0, f.reference_reward]}
     reference_rewards, policy_rewards = rewards
     wins = policy_rewards[:, :, None] - reference_rewards[:, None, :]
     kl, groups = kls.mean().item(), reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None
@@ -568,6 +659,11 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         "value_deviation": values.std(correction=0).item(),
         "reward_deviation": deviation.item(),
     }
+    if c.objective in ("dro", "dro-p") and state:
+        found, picture_of_value = against_the_optimum(c, state, examples, log_b, log_w, normalised(state, pool_rewards))
+        m, picture = m | found, picture | picture_of_value
+        if not enumerated:  # the weights say too little about every single response
+            m.pop("kl_from_optimum")
     for who, lists, rs in (("policy", drawn[1], policy_rewards), ("reference", drawn[0], reference_rewards)):
         m[f"{who}_length"] = sum(len(y) for ys in lists for y in ys) / (len(lists) * n)
         m[f"{who}_distinct"] = sum(len({tuple(y) for y in ys}) for ys in lists) / (len(lists) * n)
@@ -578,7 +674,29 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         m[f"shuffled_{who}_reward"] = (
             sum(sum(rewarded(world, e.prompt, ys)) for e, ys in zip(others, lists)) / rs.numel()
         )
-    return finite(m), list(zip(examples, drawn[1], drawn[0]))
+    return finite(m), list(zip(examples, drawn[1], drawn[0])), picture
+
+
+def normalised(state, rewards):
+    """Rewards as DRO sees them: minus the training rewards' mean, over their deviation."""
+    mean, deviation = state.statistics or (0.0, 1.0)
+    return (rewards - mean) / deviation
+
+
+def against_the_optimum(c: Config, state, examples, log_b, log_w, rewards) -> tuple[dict, dict]:
+    """pi* and V* at DRO's own tau beside policy and value network, over responses with log-probs log_b, log_w [B, N]."""
+    values = dro.optimal_value(log_b, rewards, c.tau)
+    optimum = dro.optimal_logps(log_b, rewards, c.tau)
+    m = {"kl_from_optimum": dro.kl_divergence(optimum, log_w).mean().item()}  # KL(pi*, policy)
+    m["optimum_kl"] = dro.kl_divergence(optimum, log_b).mean().item()  # KL(pi*, reference)
+    if not state.value:
+        return m, {}
+    batch = data.make_batch(with_responses(examples, [[[0]]] * len(examples)), 0, c.device)
+    with torch.no_grad(), precision(c):
+        learned = batch_values(c, state, batch).double().cpu()
+    m["value_error"] = (learned - values).abs().mean().item()
+    m["value_correlation"] = correlation(learned, values).item()
+    return m, {"value": learned.tolist(), "optimal_value": values.tolist()}
 
 
 def finite(metrics: dict) -> dict:
@@ -661,21 +779,36 @@ def list_metrics(rows: list[dict]) -> dict:
 def sampled_kl(c: Config, world: World, policy, reference, examples, M: int, tag) -> tuple[list, torch.Tensor]:
     """M policy samples a prompt and their log-ratios to the reference [B, M], whose mean estimates KL(pi || pi_ref)."""
     lists = sample_lists(c, world, policy, examples, M, rng(c.seed, "quick", tag, device=c.device))
-    pool = [
-        dataclasses.replace(e, response_ids=ys, rewards=[0.0] * M, ref_logps=None) for e, ys in zip(examples, lists)
-    ]
+    pool = with_responses(examples, lists)
     logps, ref_logps = (torch.tensor(score_examples(c, world, m, pool)) for m in (policy, reference))
     return lists, logps - ref_logps
 
 
-def quick_evaluation(c: Config, world: World, policy, reference, step: int) -> dict:
-    """Reward and KL of a few policy samples on held-out prompts: the live line and the curves."""
+def quick_evaluation(c: Config, world: World, state, reference, step: int) -> dict:
+    """Reward and KL of a few policy samples on held-out prompts: the live line and the curves.
+
+    DRO's residual r - V - tau log pi/pi_ref is told on held-out prompts too, as its deviation within a prompt, where V cancels:
+    a value network that has memorised its prompts hides a large one behind a small loss.
+    """
     examples = world.heldout[:: max(1, len(world.heldout) // 32)][:32]
-    lists, ratios = sampled_kl(c, world, policy, reference, examples, 8, step)
-    m = {"kl": ratios.mean().item()}
+    lists, ratios = sampled_kl(c, world, state.policy, reference, examples, 8, step)
+    m, rewards = {"kl": ratios.mean().item()}, None
     if world.task:
-        m["reward"] = sum(sum(rewarded(world, e.prompt, ys)) for e, ys in zip(examples, lists)) / ratios.numel()
-    return m
+        rewards = torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)])
+        m["reward"] = rewards.mean().item()
+    if c.objective in ("dro", "dro-p") and c.reward_norm in ("global", "none"):
+        if world.task:
+            variances = (normalised(state, rewards) - c.tau * ratios).var(-1, correction=0)  # [B]
+        else:
+            lists = [e for e in examples if len(e.response_ids) > 1]
+            scored = zip(lists, *(score_examples(c, world, model, lists) for model in (state.policy, reference)))
+            residuals = [
+                normalised(state, torch.tensor(e.rewards)) - c.tau * (torch.tensor(logps) - torch.tensor(ref_logps))
+                for e, logps, ref_logps in scored
+            ]
+            variances = torch.stack([r.var(correction=0) for r in residuals]) if residuals else torch.tensor(math.nan)
+        m["residual/within_prompt"] = variances.mean().sqrt().item()
+    return finite(m)
 
 
 # -------------------------------------------------------------------------------------------------------------------- the loop
@@ -694,11 +827,54 @@ class State:
 
     policy: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    value: torch.nn.Module | None = None  # DRO's value network
     reference: str = ""  # digest of the reference's weights
     step: int = 0  # optimiser steps done
     evolve: int = 0  # the Evolve round that `generated` belongs to
     generated: list | None = None  # [[ids, ...], ...] sampled in this round for every training prompt
-    statistics: list | None = None  # mean and deviation of the rewards, for --reward-norm global
+    statistics: list | None = None  # mean and deviation of the training rewards, for --reward-norm global
+
+
+def new_state(c: Config, world: World, reference) -> State:
+    """Policy and, for DRO, value network as the reference left them; an optimizer with a parameter group for each."""
+
+    def copy():
+        model = new_model(c, world)
+        model.load_state_dict(reference.state_dict())
+        return model
+
+    policy, value = copy(), None
+    groups = [{"params": list(policy.parameters()), "peak": c.lr}]
+    if c.objective == "dro":
+        value = models.ValueNetwork(policy if c.share_networks else copy()).to(c.device)
+        if c.share_networks:
+            groups[0]["params"] += value.value_head.parameters()
+        else:
+            groups.append({"params": list(value.parameters()), "peak": c.lr if c.value_lr is None else c.value_lr})
+    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adafactor
+    optimizer = kind(groups, lr=c.lr, weight_decay=c.weight_decay)
+    return State(policy, optimizer, value, digest_of(reference.state_dict()))
+
+
+def batch_values(c: Config, state: State, batch):
+    """V(x) [B] of a batch's prompts; with --value batch their mean, for all of them alike."""
+    values = state.value(batch.prompt_ids, batch.prompt_mask)
+    return values.mean().expand_as(values) if c.value == "batch" else values
+
+
+@torch.no_grad()
+def mismatched_logps(world: World, policy, reference, batch) -> tuple:
+    """KTO's mismatched pairs, prompt i with the first candidate of prompt i + 1: log-probs of policy and reference, [B] each.
+
+    Empty where the batch has a single prompt.
+    """
+    n = len(batch.prompt_ids)
+    others = dataclasses.replace(
+        batch,
+        response_ids=batch.response_ids[:, :1].roll(-1, 0),
+        response_mask=batch.response_mask[:, :1].roll(-1, 0),
+    )
+    return tuple(models.response_logps(m, others, world.allowed)[: n if n > 1 else 0, 0] for m in (policy, reference))
 
 
 def run_settings(c: Config) -> dict:
@@ -711,6 +887,8 @@ def save_checkpoint(c: Config, state: State, parts: dict) -> None:
     fields = {name: getattr(state, name) for name in ("step", "evolve", "generated", "statistics")}
     fields["reference"] = state.reference
     weights = {"policy": state.policy.state_dict(), "optimizer": state.optimizer.state_dict()}
+    if state.value:
+        weights["value"] = state.value.state_dict()
     save({**fields, **weights, "config": run_settings(c), "parts": parts}, Path(c.out) / "checkpoint.pt")
 
 
@@ -736,18 +914,27 @@ def load_checkpoint(c: Config, parts: dict) -> dict | None:
 def restore(state: State, checkpoint: dict) -> None:
     """Put a checkpoint into the state."""
     state.policy.load_state_dict(checkpoint["policy"])
+    if state.value:
+        state.value.load_state_dict(checkpoint["value"])
     if checkpoint["step"]:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
     for name in ("step", "evolve", "generated", "statistics"):
         setattr(state, name, checkpoint[name])
 
 
-def draw_candidates(c: Config, world: World, state: State, e: int, visits: int) -> list:
-    """M responses from the policy as it is now to each training prompt that Evolve round e will visit, none to the others."""
+def draw_candidates(c: Config, world: World, state: State, reference, e: int, visits: int) -> list:
+    """M responses to each training prompt that Evolve round e will visit, none to the others: from the policy as it is now,
+    from the reference, or any (--behaviour)."""
     chosen = sorted(torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
     examples, generator = [world.train[i] for i in chosen], rng(c.seed, "pool", e, device=c.device)
     lists = [[]] * len(world.train)
-    drawn = sample_lists(c, world, state.policy, examples, c.candidates, generator, c.sample_temperature)
+    if c.behaviour == "uniform":
+        responses = enumerate_tiny(world)
+        rows = torch.randint(len(responses), (len(examples), c.candidates), generator=generator, device=c.device)
+        drawn = [[responses[j] for j in row] for row in rows.tolist()]
+    else:
+        model = state.policy if c.behaviour == "policy" else reference
+        drawn = sample_lists(c, world, model, examples, c.candidates, generator, c.sample_temperature)
     for i, candidates in zip(chosen, drawn):
         lists[i] = candidates
     return lists
@@ -756,7 +943,9 @@ def draw_candidates(c: Config, world: World, state: State, e: int, visits: int) 
 def make_pool(c: Config, world: World, state: State, reference, examples: list, lists: list) -> list:
     """Rewards and reference log-probs of every list that has candidates: the pool, as Examples."""
     began = time.time()
-    pool = [dataclasses.replace(e, response_ids=ys) for e, ys in zip(examples, lists) if ys]
+    pool = [
+        dataclasses.replace(e, response_ids=ys, rewards=e.rewards[: len(ys)]) for e, ys in zip(examples, lists) if ys
+    ]
     if not pool:
         return []
     if c.objective == "lire" and (single := sum(len(e.response_ids) < 2 for e in pool)):
@@ -767,9 +956,8 @@ def make_pool(c: Config, world: World, state: State, reference, examples: list, 
             e.rewards = rewarded(world, e.prompt, e.response_ids)
     if c.reward_norm == "global":
         state.statistics = state.statistics or mean_and_deviation([r for e in pool for r in e.rewards])
-        mean, deviation = state.statistics
         for e in pool:
-            e.rewards = [(r - mean) / deviation for r in e.rewards]
+            e.rewards = [normalised(state, r) for r in e.rewards]
     if c.shuffle_prompts:
         others = torch.randperm(len(pool), generator=rng(c.seed, "shuffle", state.evolve)).tolist()
         pool = [dataclasses.replace(e, prompt_ids=pool[i].prompt_ids) for e, i in zip(pool, others)]
@@ -809,15 +997,15 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
 
     passes = max(c.evolve, 1) * c.iterate
     ends = [round(k * c.steps / passes) for k in range(passes + 1)]  # pass k is the steps from ends[k] to ends[k + 1]
-    examples = world.train if world.task else world.logged
-    start = [[] if world.task else e.response_ids for e in examples]  # a file's own responses stay in every pool
+    examples = world.train if c.evolve else world.logged
+    start = [[] if c.evolve else e.response_ids[: c.candidates] for e in examples]  # the data's own responses
 
     def sample(e):
         if e < resumed:
             return [[]] * len(examples)  # this round was over before the checkpoint
         if e > resumed:  # else the run goes on inside round e, with the candidates of the checkpoint
             visits = -(-(ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size // c.iterate)  # prompts a pass
-            state.generated, state.evolve = draw_candidates(c, world, state, e, visits), e
+            state.generated, state.evolve = draw_candidates(c, world, state, reference, e, visits), e
         return state.generated
 
     def score(lists):
@@ -836,11 +1024,17 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
             first, last = max(state.step, ends[e * c.iterate + i]), ends[e * c.iterate + i + 1]
             for step, chosen in zip(range(first + 1, last + 1), batches_from(c, pool, e, first - ends[e * c.iterate])):
                 batch = data.make_batch(chosen, world.enc.eot_token, c.device)
+                values = mismatched = None
                 with precision(c):
                     logps = models.response_logps(state.policy, batch, world.allowed)
-                loss, lr = compute_loss(c, logps, batch).mean(), lr_at(step - 1, c.steps, c.lr)
-                norm = optimizer_step(state.optimizer, state.policy.parameters(), loss, lr, c.clip)
-                if not math.isfinite(norm):
+                    if state.value:
+                        values = batch_values(c, state, batch)
+                    if c.objective == "kto":
+                        mismatched = mismatched_logps(world, state.policy, reference, batch)
+                losses = compute_loss(c, logps, batch, values, mismatched)
+                loss = total(losses)
+                norm, *value_norm = optimizer_step(state.optimizer, loss, step - 1, c.steps, c.clip)
+                if not all(map(math.isfinite, (norm, *value_norm))):
                     raise FloatingPointError(
                         f"step {step}: loss is {loss.item()}, gradient norm {norm}; the last good checkpoint is kept in "
                         f"{c.out}; a smaller --lr may help"
@@ -848,18 +1042,20 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
                 state.step = step
                 due = step % c.eval_every == 0 or step == c.steps
                 if due:
-                    latest = quick_evaluation(c, world, state.policy, reference, step)
+                    latest = quick_evaluation(c, world, state, reference, step)
                 if due or step == 1 or step % 10 == 0:
+                    lr = state.optimizer.param_groups[0]["lr"]
                     row = {"step": step, "evolve": e, "loss": loss.item(), "learning_rate": lr, "grad_norm": norm}
-                    row |= batch_metrics(c, logps, batch) | (latest if due else {})
+                    row |= {"value/grad_norm": value_norm[0]} if value_norm else {}
+                    row |= batch_metrics(c, logps, batch, losses, values) | (latest if due else {})
                     log_file.write(json.dumps(row) + "\n")
                     log_file.flush()
-                    if due and row["candidates/collapsed"] > 0.9:
+                    if due and row.get("candidates/collapsed", 0) > 0.9:
                         print(
                             f"step {step}: the listwise softmax has collapsed: one candidate holds over 99 % in "
                             f"{row['candidates/collapsed']:.0%} of the lists; try a higher --temperature or --score mean"
                         )
-                shown = "  ".join(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True))
+                shown = "  ".join(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True) if v is not None)
                 progress.show(step, f"loss {loss.item():.4f}  {shown}", line=due)
                 if due or interrupted:
                     save_checkpoint(c, state, parts)
@@ -916,54 +1112,6 @@ def side_by_side(world: World, answers, n: int = 3, rows: int = 3) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(out: Path, metrics: dict) -> None:
-    """out/curves.png: reward, KL, loss and the listwise softmax over the steps. Says which package would draw it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture of the curves: pip install matplotlib draws it")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    if not log:
-        return
-    curve = lambda name: zip(*[(row["step"], row[name]) for row in log if name in row])
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
-    names = [
-        ("reward", "reward, held-out prompts"),
-        ("kl", "KL to the reference, nats"),
-        ("loss", "loss"),
-        ("candidates/max_prob", "listwise softmax"),
-    ]
-    if not any("reward" in row for row in log):
-        names[0] = ("rewards/accuracies", "best candidate gained more than the worst")
-    for ax, (name, title) in zip(axes.flat, names):
-        ax.plot(
-            *curve(name),
-            "o-" if name in ("reward", "kl") else "-",
-            ms=3,
-            label={"reward": "policy", "candidates/max_prob": "largest P"}.get(name),
-        )
-        ax.set(title=title, xlabel="step")
-        ax.grid(alpha=0.3)
-    if "reward" in names[0]:
-        for key, label, style in (
-            ("reference_reward", "reference", ":"),
-            ("best_of_8_reward", "best of 8", "--"),
-            ("optimal_reward", "optimum at the final KL", "-."),
-        ):
-            if metrics.get(key) is not None:
-                axes[0, 0].axhline(metrics[key], color="gray", ls=style, label=label)
-        axes[0, 0].legend(fontsize=8)
-    axes[1, 1].plot(*curve("candidates/entropy"), label="entropy of P, nats")
-    axes[1, 1].legend(fontsize=8)
-    fig.savefig(out / "curves.png", dpi=120)
-    plt.close(fig)
-    print(f"curves: {out / 'curves.png'}")
-
-
 def print_table(pairs, columns: int = 3) -> None:
     """name value, name value, ... in columns."""
     cells = [f"{name:20} {value!s:15}" for name, value in pairs]
@@ -978,6 +1126,8 @@ def main(config: Config) -> dict:
     Raises: ConfigError, data.DataError with one line for the user, before anything is written; FloatingPointError where
     training left the finite numbers (the last good checkpoint is kept).
     """
+    from experiments import figures  # pictures are drawn from the files of a run, not by it
+
     began = time.time()
     c = resolve(config)
     try_objective(c)
@@ -1003,13 +1153,10 @@ def main(config: Config) -> dict:
     began = time.time()
     reference = get_reference(c, world, checkpoint)
     save(reference.state_dict(), out / "reference.pt")
-    policy = new_model(c, world)
-    policy.load_state_dict(reference.state_dict())
+    state = new_state(c, world, reference)
     if c.compile:
-        policy.hidden = torch.compile(policy.hidden, dynamic=True)
+        state.policy.hidden = torch.compile(state.policy.hidden, dynamic=True)
     seconds["reference"] = time.time() - began
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.lr, weight_decay=c.weight_decay)
-    state = State(policy, optimizer, digest_of(reference.state_dict()))
     if checkpoint:
         restore(state, checkpoint)
     if c.objective == "sft" or not c.steps:
@@ -1017,14 +1164,14 @@ def main(config: Config) -> dict:
     else:
         seconds |= train_policy(c, world, state, reference, parts)
 
-    began, policy = time.time(), policy.eval()
+    began, policy = time.time(), state.policy.eval()
     choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     heldout = choose(world.heldout)
     if world.task:
-        metrics, answers = evaluate_task(c, world, policy, reference, heldout, "heldout")
-        metrics |= {
-            f"ood_{k}": v for k, v in evaluate_task(c, world, policy, reference, choose(world.ood), "ood")[0].items()
-        }
+        metrics, answers, picture = evaluate_task(c, world, policy, reference, heldout, "heldout", state)
+        save(json.dumps(picture), out / "frontier.json")
+        ood = evaluate_task(c, world, policy, reference, choose(world.ood), "ood", state)[0]
+        metrics |= {f"ood_{k}": v for k, v in ood.items()}
     else:
         rows = evaluate_lists(c, world, policy, reference)
         save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
@@ -1051,7 +1198,7 @@ def main(config: Config) -> dict:
     print("\n" + side_by_side(world, answers) + "\n")
     print_table([(k, "-" if v is None else f"{v:.3f}" if isinstance(v, float) else v) for k, v in metrics.items()])
     if c.objective != "sft" and c.steps:
-        draw_curves(out, metrics)
+        print(figures.draw(out))
     print(f"written to {out}/")
     return metrics
 
@@ -1078,6 +1225,8 @@ def command_line(argv=None) -> Config:
         shown = "" if f.default in (dataclasses.MISSING, None, "") else f" (default {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=(comments[f.name] + shown).replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
+    if "data" in given and "task" in given:
+        raise ConfigError("--task makes the data and --data reads them: give one of the two")
     if "resume" in given:
         run = given.pop("resume")
         path = Path(run) / "config.json"
@@ -1090,6 +1239,8 @@ def command_line(argv=None) -> Config:
             raise ConfigError(
                 f"--resume {run}: its config.json is of another version (it has {', '.join(sorted(unknown))})"
             )
+        if given.get("device") == "auto":
+            del given["device"]  # the run has chosen one
         if "out" in given:
             raise ConfigError("--resume goes on in the folder of its run: leave --out away")
         if told := difference({k: saved.get(k) for k in given}, given):

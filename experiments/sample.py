@@ -33,13 +33,7 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
     allowed = data.allowed_tokens(task, enc) if task else None
     world = train.World(
         enc=enc,
-        ranks=None,
         task=task if task and knows(task, prompt) else None,
-        logged=[],
-        heldout=[],
-        ood=[],
-        train=[],
-        fingerprint="",
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=min(c.max_response, task.max_response) if task else c.max_response,
     )

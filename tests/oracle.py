@@ -79,6 +79,26 @@ def tilt(ref, r, tau):
     return softmax(np.log(ref) + np.asarray(r, float) / tau)
 
 
+def dro_loss(s, ref, r, V, tau):
+    """Eq. 4, response by response."""
+    return np.array([0.5 * (r[i] - V[i] - tau * (s[i] - ref[i])) ** 2 for i in range(len(s))])
+
+
+def dro_p_loss(s, ref, r, tau):
+    """Appendix B: half the mean squared distance of two residuals drawn from the batch, over two."""
+    x = [r[i] - tau * (s[i] - ref[i]) for i in range(len(s))]
+    return np.mean([(a - b) ** 2 for a in x for b in x]) / 4
+
+
+def kto_loss(ratios, desirable, mismatched, beta):
+    """Arithmetic on one response at a time; ratios, mismatched: log-ratios."""
+    z = max(0.0, beta * np.mean(mismatched))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    return np.array(
+        [1 - sigmoid(beta * x - z) if good else 1 - sigmoid(z - beta * x) for x, good in zip(ratios, desirable)]
+    )
+
+
 def kl(p, q):
     return sum(a * np.log(a / b) for a, b in zip(p, q) if a > 0)
 

@@ -300,3 +300,168 @@ def test_the_frontier_is_the_same_for_the_same_seed_and_its_standard_error_is_th
     for value, se in (("efficiency", "efficiency_se"), ("optimal_reward", "optimal_reward_se")):
         spread = torch.tensor([getattr(f, value) for f in fifty]).std().item()
         assert sum(getattr(f, se) for f in fifty) / 40 == pytest.approx(spread, rel=0.35)
+
+
+# ------------------------------------------------------------------------------------------------------------------ losses
+
+
+def flat(*rows, dtype=torch.float64):
+    return [torch.tensor(row, dtype=dtype) for row in rows]
+
+
+BATCH = flat((-3.0, -5.0), (-3.5, -4.2), (1.0, -0.5), (0.2, 0.1))  # logps, ref_logps, rewards, values
+
+
+def random_batch(N=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def gradient(f, *inputs):
+    """d f / d each input, by autograd."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(f(*leaves), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("tau", [0.5, 5.0])
+def test_losses_and_gradients_by_hand(tau):
+    logps, ref_logps, rewards, values = BATCH
+    residual = [1.0 - 0.2 - tau * (-3.0 + 3.5), -0.5 - 0.1 - tau * (-5.0 + 4.2)]
+    close(dro.dro_loss(*BATCH, tau), [d * d / 2 for d in residual])
+    policy, value = dro.dro_v_losses(*BATCH, tau)
+    close(value, [d * d / 2 for d in residual])
+    close(policy, [3.0 * 0.8 + tau / 2 * 0.25, 5.0 * -0.6 + tau / 2 * 0.64])
+    mean = lambda which: lambda s, V: dro.dro_v_losses(s, ref_logps, rewards, V, tau)[which].mean()
+    by_policy, by_value = gradient(mean(0), logps, values)[0], gradient(mean(1), logps, values)[1]
+    close(by_policy, [-d / 2 for d in residual])
+    close(by_value, [-d / 2 for d in residual])
+    if tau == 0.5:
+        close(dro.dro_loss(*BATCH, tau).mean(), 0.085625)
+    else:
+        close(dro.dro_loss(*BATCH, tau).mean(), 3.6125)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 3.0])
+def test_losses_equal_the_oracle_and_finite_differences(tau):
+    s, ref, r, V = random_batch()
+    close(dro.dro_loss(s, ref, r, V, tau), oracle.dro_loss(s.numpy(), ref.numpy(), r.numpy(), V.numpy(), tau))
+    close(dro.dro_p_loss(s, ref, r, tau), oracle.dro_p_loss(s.numpy(), ref.numpy(), r.numpy(), tau))
+    joint = lambda s, V: oracle.dro_loss(s, ref.numpy(), r.numpy(), V, tau).mean()
+    by_s = oracle.finite_differences(lambda x: joint(x, V.numpy()), s.numpy())
+    by_V = oracle.finite_differences(lambda x: joint(s.numpy(), x), V.numpy())
+    grads = gradient(lambda s, V: dro.dro_loss(s, ref, r, V, tau).mean(), s, V)
+    close(grads[0], by_s, 1e-7)
+    close(grads[1], by_V, 1e-7)
+    losses = lambda s, V: sum(x.mean() for x in dro.dro_v_losses(s, ref, r, V, tau))
+    policy, value = gradient(losses, s, V)  # one backward through the sum serves both networks
+    close(policy, by_s / tau, 1e-7)  # Eq. 8: the policy's gradient is that of the joint loss over tau
+    close(value, by_V, 1e-7)
+    spread = oracle.finite_differences(lambda x: oracle.dro_p_loss(x, ref.numpy(), r.numpy(), tau), s.numpy())
+    close(gradient(lambda s: dro.dro_p_loss(s, ref, r, tau), s)[0], spread, 1e-7)
+
+
+def test_each_side_is_blind_to_the_other():
+    s, ref, r, V = random_batch()
+    policy = gradient(lambda s, V: dro.dro_v_losses(s, ref, r, V, 0.5)[0].sum(), s, V)
+    value = gradient(lambda s, V: dro.dro_v_losses(s, ref, r, V, 0.5)[1].sum(), s, V)
+    assert policy[1] is None and value[0] is None
+
+
+def descend(coefficient, tau, mu, steps=15_000, lr=0.2):
+    """Gradient descent on exact expectations over three responses: KL(pi*, pi) at the end, or nan.
+
+    coefficient: of the squared log-ratio in the policy's loss, tau/2 in Eq. 8 over tau, 1/2 in the box of Algorithm 1.
+    """
+    ref, r, mu = torch.tensor(REF).double(), torch.tensor(R).double(), torch.tensor(mu).double()
+    theta, V = ref.log().clone(), 0.0
+    for _ in range(steps):
+        logps = theta.log_softmax(-1)
+        ratios = logps - ref.log()
+        upstream = mu * (-(r - V) + 2 * coefficient * ratios)  # d policy loss / d logps
+        theta = theta - lr * (upstream - logps.exp() * upstream.sum())
+        V = V + lr * (mu * (r - tau * ratios - V)).sum().item()
+        if not torch.isfinite(theta).all() or theta.abs().max() > 1e3:
+            return math.nan
+    optimum = dro.optimal_logps(ref.log()[None], r[None], tau)
+    return dro.kl_divergence(optimum, theta.log_softmax(-1)[None]).item()
+
+
+@pytest.mark.parametrize("tau, miss", [(0.1, 0.469), (0.5, 0.189)])
+def test_the_box_of_algorithm_1_ends_elsewhere(tau, miss):
+    """The paper prints 1/2; Eq. 8 over tau gives tau/2, which ends at pi*. (The numbers are those of METHODS' prototype.)"""
+    assert descend(tau / 2, tau, (0.2, 0.3, 0.5)) < 1e-6
+    assert descend(0.5, tau, (0.2, 0.3, 0.5)) == pytest.approx(miss, abs=2e-3)
+
+
+def test_the_policy_loss_holds_tau_over_2_and_not_the_printed_1_over_2():
+    s, ref, r, V = random_batch()
+    printed = -s * (r - V) + 0.5 * (s - ref) ** 2
+    assert (dro.dro_v_losses(s, ref, r, V, 0.2)[0] - printed).abs().max() > 0.1
+    close(dro.dro_v_losses(s, ref, r, V, 1.0)[0], printed)
+
+
+def test_dro_p_is_exact_within_a_prompt_and_biased_over_prompts_of_other_value():
+    (ref_logps, rewards), tau = problem(), 0.7
+    optimum = dro.optimal_logps(ref_logps, rewards, tau)
+    within = [dro.dro_p_loss(s, ref, r, tau) for s, ref, r in zip(optimum, ref_logps, rewards)]
+    close(torch.stack(within), torch.zeros(5))
+    V = dro.optimal_value(ref_logps, rewards, tau)
+    together = dro.dro_p_loss(optimum.flatten(), ref_logps.flatten(), rewards.flatten(), tau)
+    close(together, 0.5 * V.var(correction=0))  # what is left at pi* is the variance of V*, so pi* is not the minimum
+
+
+def test_invariances_of_the_losses():
+    s, ref, r, V = random_batch()
+    base = dro.dro_loss(s, ref, r, V, 0.3)
+    close(dro.dro_loss(s, ref, r + 2.0, V + 2.0, 0.3), base)  # r + c moves V by c
+    close(dro.dro_loss(s, ref, 3 * r, 3 * V, 0.9), 9 * base)  # rewards times c are tau over c
+    order = torch.tensor([6, 0, 3, 1, 5, 2, 4])
+    close(dro.dro_loss(*(x[order] for x in (s, ref, r, V)), 0.3), base[order])
+    close(dro.dro_p_loss(s, ref, r + 2.0, 0.3), dro.dro_p_loss(s, ref, r, 0.3))
+    assert dro.dro_p_loss(s[:1], ref[:1], r[:1], 0.3) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_losses_compute_in_float32_at_least(dtype):
+    batch = [x.to(dtype) for x in random_batch()]
+    for loss in (dro.dro_loss(*batch, 0.5), *dro.dro_v_losses(*batch, 0.5), dro.dro_p_loss(*batch[:3], 0.5)):
+        assert loss.dtype == torch.float32
+    close(dro.dro_loss(*batch, 0.5), dro.dro_loss(*(x.double() for x in batch), 0.5), 1e-5)
+
+
+def test_losses_refuse_shapes_that_would_broadcast_and_impossible_tau():
+    s, ref, r, V = random_batch()
+    for wrong in ((s[:, None], ref, r, V), (s, ref, r, V[:1]), (s, ref[:, None], r, V), (s, ref, r[None], V)):
+        with pytest.raises(ValueError, match=r"\[N\]"):
+            dro.dro_loss(*wrong, 0.5)
+        with pytest.raises(ValueError, match=r"\[N\]"):
+            dro.dro_v_losses(*wrong, 0.5)
+    with pytest.raises(ValueError, match=r"\[N\]"):
+        dro.dro_p_loss(s[:, None], ref[:, None], r[:, None], 0.5)
+    for tau in (0.0, -1.0, math.nan):
+        for refused in (lambda: dro.dro_loss(s, ref, r, V, tau), lambda: dro.dro_p_loss(s, ref, r, tau)):  # noqa: B023
+            with pytest.raises(ValueError, match="tau must be positive"):
+                refused()
+
+
+def test_the_losses_change_nothing_in_place():
+    batch = random_batch()
+    kept = [x.clone() for x in batch]
+    dro.dro_loss(*batch, 0.5), dro.dro_v_losses(*batch, 0.5), dro.dro_p_loss(*batch[:3], 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(batch, kept))
+
+
+# ---------------------------------------------------------------------------------------------------------- frontier curve
+
+
+def test_the_curve_is_the_frontier():
+    ref_logps, rewards = problem()
+    kl, reward = dro.frontier_curve(ref_logps, rewards)
+    assert kl.shape == reward.shape and kl.shape[1] == 5
+    assert (kl.mean(1).diff() > -1e-12).all() and (reward.mean(1).diff() > -1e-9).all()
+    close(reward[-1], rewards.max(-1).values)
+    for tau in (0.4, 2.0):
+        optimum = dro.optimal_logps(ref_logps, rewards, tau)
+        K = mean_kl(optimum, ref_logps)
+        i = torch.searchsorted(kl.mean(1), torch.tensor(K, dtype=torch.float64))
+        assert reward.mean(1)[i - 1] - 1e-9 <= reward_of(optimum, rewards) <= reward.mean(1)[i] + 1e-9

@@ -18,6 +18,7 @@ import torch
 import data
 import dro
 import train
+from experiments import figures
 from train import Config, ConfigError
 
 ROOT = Path(train.__file__).parent
@@ -117,10 +118,9 @@ def test_compile_compiles_the_scoring_of_the_policy(tmp_path, monkeypatch):
     assert compiled[0].__name__ == "hidden"
 
 
-def test_without_matplotlib_the_run_says_which_package_would_draw(finished, monkeypatch, capsys):
+def test_without_matplotlib_the_run_says_which_package_would_draw(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train.draw_curves(finished[0], finished[1])
-    assert "pip install matplotlib" in capsys.readouterr().out
+    assert "pip install matplotlib" in figures.draw(finished[0])
 
 
 def test_policy_equals_reference_before_the_first_step_in_either_precision(finished):
@@ -144,8 +144,8 @@ def test_the_sampled_optimum_agrees_with_enumeration_on_tiny(finished):
             p.add_(0.15 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         for p, q in zip(policy.parameters(), reference.parameters()):
             p.copy_(q + 0.04 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    exact, _ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=True)
-    sampled, _ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=False)
+    exact, *_ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=True)
+    sampled, *_ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=False)
     assert exact["kl"] > 0.2
     assert sampled["kl"] == pytest.approx(exact["kl"], abs=4 * sampled["kl_se"])
     assert sampled["optimal_reward"] == pytest.approx(exact["optimal_reward"], rel=0.1)
@@ -156,7 +156,7 @@ def test_efficiency_is_one_for_the_optimum_and_null_where_it_means_nothing(finis
     c = train.resolve(small("unused"))
     world = train.make_world(c)
     model = train.new_model(c, world)
-    metrics, _ = train.evaluate_task(c, world, model, model, world.heldout[:4], "x")
+    metrics, *_ = train.evaluate_task(c, world, model, model, world.heldout[:4], "x")
     assert metrics["kl"] == pytest.approx(0, abs=1e-9) and metrics["efficiency"] is None
     responses = train.enumerate_tiny(world)
     example = dataclasses.replace(world.heldout[0], response_ids=responses, rewards=[0.0] * len(responses))
@@ -412,7 +412,6 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         ("--candidates 1", "at least 2"),
         ("--width 30", "multiple of --heads"),
         ("--vocab-size 10", "at least 257"),
-        ("--evolve 0", "give one with --data"),
         ("--data x.jsonl --evolve 1", "no reward function"),
         ("--eval-data x.jsonl", "goes with --data"),
         ("--steps -3", "must not be negative"),
@@ -470,7 +469,7 @@ def loop_state(tmp_path, **settings):
     c = train.resolve(small(tmp_path / "run", **settings))
     world = train.make_world(c)
     model = train.new_model(c, world)
-    return c, world, train.State(model, torch.optim.AdamW(model.parameters())), model
+    return c, world, train.new_state(c, world, model), model
 
 
 def test_shuffled_prompts_are_other_prompts(tmp_path):

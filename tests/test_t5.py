@@ -1,0 +1,282 @@
+"""T5: transformers' v1.1 judges it; the prompt read once scores as each response alone; the value network sees the prompt alone."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+from test_model import (
+    EOS,
+    FIVE_PROMPTS,
+    FIVE_RESPONSES,
+    B,
+    M,
+    R,
+    S,
+    V,
+    as_lists,
+    candidates,
+    chi_square,
+    enumerated_probs,
+    gradients,
+    ragged_batch,
+    with_random_padding,
+)
+
+import data
+from data import Example, make_batch
+from model import GPT, T5, GPTConfig, T5Config, ValueNetwork, position_bucket, response_logps, sample
+
+SIZE = {"vocab_size": V, "layers": 2, "heads": 2, "width": 8, "head_width": 3, "mlp_width": 12, "eos": EOS, "start": V}
+
+
+def random_t5(dtype=torch.float64, seed=0, scale=0.3, **config):
+    """A small T5 with every parameter moved, norms too; d_kv is not width / heads, so that no scale is right by chance."""
+    torch.manual_seed(seed)
+    model = T5(T5Config(**SIZE | config)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=scale)
+    return model
+
+
+def theirs(model):
+    """transformers' T5 v1.1 with the same weights. Its norms compute in float32, whatever the weights are: hence the 2e-5 below."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    config = transformers.T5Config(
+        vocab_size=model.shared.num_embeddings,
+        d_model=c.width,
+        d_kv=c.head_width,
+        d_ff=c.mlp_width,
+        num_layers=c.layers,
+        num_heads=c.heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=c.start,
+        pad_token_id=0,
+    )
+    other = transformers.T5ForConditionalGeneration(config)
+    other.lm_head = torch.nn.Linear(c.width, c.vocab_size, bias=False)  # recent versions tie it all the same
+    state, ours = {}, model.state_dict()
+    for name, weight in ours.items():
+        new = name.replace(".norm.", ".final_layer_norm.")
+        new = new.replace("positions", "block.0.layer.0.SelfAttention.relative_attention_bias")
+        last = 2 if name.startswith("decoder") else 1
+        for k, old, theirs in (
+            (0, "attn_norm", "layer_norm"),
+            (0, "attn", "SelfAttention"),
+            (1, "cross_norm", "layer_norm"),
+            (1, "cross", "EncDecAttention"),
+            (last, "mlp_norm", "layer_norm"),
+            (last, "wi_0", "DenseReluDense.wi_0"),
+            (last, "wi_1", "DenseReluDense.wi_1"),
+            (last, "wo", "DenseReluDense.wo"),
+        ):
+            if f".{old}." in name:
+                new = new.replace("blocks", "block").replace(f".{old}.", f".layer.{k}.{theirs}.")
+        state[new] = weight
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        state[name] = ours["shared.weight"]
+    told = other.load_state_dict(state, strict=False)
+    assert not told.unexpected_keys and not told.missing_keys, told
+    return other.to(model.shared.weight.dtype).eval()
+
+
+def logits_alone(other, start, prompt, response):
+    """[len(response), V] by transformers, one prompt and one response."""
+    ids = torch.tensor([prompt])
+    return other(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        decoder_input_ids=torch.tensor([[start, *response[:-1]]]),
+    ).logits[0]
+
+
+def test_buckets_are_t5s():
+    relative = torch.tensor([-200, -64, -32, -16, -12, -8, -7, -1, 0, 1, 7, 8, 16, 64, 128])
+    both = [15, 14, 12, 10, 9, 8, 7, 1, 0, 17, 23, 24, 26, 30, 31]
+    causal = [31, 26, 21, 16, 12, 8, 7, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert position_bucket(relative, True).tolist() == both
+    assert position_bucket(relative, False).tolist() == causal
+
+
+def test_logits_and_gradients_equal_transformers_response_by_response():
+    model, batch = random_t5(), ragged_batch()
+    other = theirs(model)
+    weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    assert logits.shape == (B, M, R, V)
+    loss = 0
+    for i, j, x, y in candidates():
+        alone = logits_alone(other, V, x, y)
+        torch.testing.assert_close(logits[i, j, : len(y)], alone, rtol=2e-5, atol=2e-5)
+        loss = loss + (weights[i, j, : len(y)] * alone).sum()
+    ours = gradients(model, (weights * logits)[batch.response_mask].sum())
+    loss.backward()
+    table = other.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad
+    torch.testing.assert_close(ours["decoder.positions.weight"], table, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours["shared.weight"], other.shared.weight.grad, rtol=1e-4, atol=1e-4)
+    cross = other.decoder.block[1].layer[1].EncDecAttention.k.weight.grad
+    torch.testing.assert_close(ours["decoder.blocks.1.cross.k.weight"], cross, rtol=1e-4, atol=1e-4)
+    inner = other.encoder.block[0].layer[0].SelfAttention.q.weight.grad
+    torch.testing.assert_close(ours["encoder.blocks.0.attn.q.weight"], inner, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_equal_transformers_over_long_distances():
+    """Positions beyond 128, where buckets are shared."""
+    model = random_t5(scale=0.1)
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randint(V, (n,), generator=generator).tolist() for n in (150, 140))
+    batch = make_batch([Example("", x, [y], [0.0])], EOS)
+    with torch.no_grad():
+        ours = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[0, 0]
+        torch.testing.assert_close(ours, logits_alone(theirs(model), V, x, y), rtol=2e-5, atol=2e-5)
+
+
+def test_weights_start_with_t5s_deviations():
+    torch.manual_seed(0)
+    model = T5(T5Config(width=256, heads=4, head_width=32, mlp_width=512))
+    D, d, H, mlp = 256, 32, 4, 512
+    expected = {
+        "q": (D * d) ** -0.5,
+        "k": D**-0.5,
+        "v": D**-0.5,
+        "o": (H * d) ** -0.5,
+        "wi_0": D**-0.5,
+        "wi_1": D**-0.5,
+    }
+    expected |= {"wo": mlp**-0.5, "shared": 1.0, "lm_head": D**-0.5}
+    for name, p in model.named_parameters():
+        kind = name.split(".")[-2]
+        if kind in expected:
+            assert p.std().item() == pytest.approx(expected[kind], rel=0.03), name
+        elif "norm" in kind:
+            assert (p == 1).all()
+    assert not any("bias" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_padding_changes_nothing(seed):
+    model, batch = random_t5(torch.float32), ragged_batch()
+    logps, noisy = response_logps(model, batch), response_logps(model, with_random_padding(batch, seed))
+    torch.testing.assert_close(noisy, logps, rtol=0, atol=2e-6)
+    weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
+    clean, dirty = gradients(model, (weights * logps).sum()), gradients(model, (weights * noisy).sum())
+    for name in clean:
+        torch.testing.assert_close(dirty[name], clean[name], rtol=1e-4, atol=1e-5)
+
+
+def test_causal_and_blind_to_the_other_candidates():
+    model, batch = random_t5(), ragged_batch()
+    score = lambda prompts, responses: model(prompts, batch.prompt_mask, responses)
+    logits = score(batch.prompt_ids, batch.response_ids)
+    for t in range(R):
+        changed = batch.response_ids.clone()
+        changed[0, 1, t] = (changed[0, 1, t] + 1) % V
+        same = (score(batch.prompt_ids, changed) - logits).abs().amax(-1) < 1e-12
+        expected = torch.ones(B, M, R, dtype=torch.bool)
+        expected[0, 1, t + 1 :] = False
+        assert torch.equal(same, expected), t
+    for s in range(S):  # a prompt token changes every response of its prompt
+        changed = batch.prompt_ids.clone()
+        changed[0, s] = (changed[0, s] + 1) % V
+        differs = (score(changed, batch.response_ids) - logits).abs().amax(-1) > 1e-6
+        assert differs[0].all() and not differs[1].any(), s
+
+
+def test_decoding_with_leaving_rows_gives_the_logits_of_scoring():
+    model, (prompts, mask) = random_t5(), FIVE_PROMPTS
+    responses = torch.randint(V, (2, 3, 4), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        scored = model(prompts, mask, responses).flatten(0, 1)  # [6, 4, V]
+        logits, step = model.decode(prompts, mask, 3, 4)
+        torch.testing.assert_close(logits, scored[:, 0])
+        kept = torch.arange(6)
+        for t, rows in ((1, None), (2, torch.tensor([0, 2, 5])), (3, torch.tensor([1, 2]))):
+            kept = kept if rows is None else kept[rows]
+            torch.testing.assert_close(step(responses.flatten(0, 1)[kept, t - 1], rows), scored[kept, t])
+
+
+def test_samples_follow_the_scores():
+    model = random_t5(torch.float32, vocab_size=5, eos=4, start=5, scale=0.2)
+    probs = enumerated_probs(model)
+    lists = as_lists(*sample(model, *FIVE_PROMPTS, 10_000, 3, torch.Generator().manual_seed(1)))
+    usual = probs > 5e-4  # at least 5 expected
+    for i in range(2):
+        counts = torch.tensor([lists[i].count(y) for y in FIVE_RESPONSES], dtype=torch.float64)
+        expected, n = 10_000 * probs[i], int(usual[i].sum())
+        assert ((counts - expected) ** 2 / expected)[usual[i]].sum() < n + 5 * (2 * n) ** 0.5
+        assert chi_square(lists[i], probs[1 - i]) > 1000
+
+
+def test_the_584_responses_of_tiny_sum_to_one():
+    task, enc = data.make_task("tiny", random.Random(0)), data.encoding(data.tiny_ranks())
+    words = [enc.encode_single_token(" " + w) for w in task.words]
+    responses = [[*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
+    model = random_t5(torch.float32, vocab_size=enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, scale=0.1)
+    batch = make_batch(
+        [Example("", enc.encode_ordinary(task.prompts["ood"][0]), responses, [0.0] * 584)], enc.eot_token
+    )
+    with torch.no_grad():
+        logps = response_logps(model, batch, data.allowed_tokens(task, enc)).double()
+    assert (logps.exp().sum(-1) - 1).abs().max() < 1e-6 and logps.exp().std() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- the value network
+
+BACKBONES = {
+    "gpt": lambda: GPT(GPTConfig(vocab_size=V, context=13, layers=2, heads=2, width=8, eos=EOS)),
+    "t5": lambda: T5(T5Config(**SIZE)),
+}
+
+
+def random_value(kind, seed=0):
+    torch.manual_seed(seed)
+    value = ValueNetwork(BACKBONES[kind]())
+    with torch.no_grad():
+        for p in value.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return value
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_value_is_a_linear_head_on_the_mean_state_of_the_prompt_alone(kind):
+    value, batch = random_value(kind), ragged_batch()
+    V_ = value(batch.prompt_ids, batch.prompt_mask)
+    assert V_.shape == (B,)
+    for i, n in enumerate((7, 4)):
+        states = value.backbone.encode(batch.prompt_ids[i : i + 1, :n], batch.prompt_mask[i : i + 1, :n])[0]
+        expected = states.mean(0) @ value.value_head.weight[0] + value.value_head.bias[0]
+        torch.testing.assert_close(V_[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_value_never_sees_padding(kind):
+    value, batch = random_value(kind), ragged_batch()
+    noisy = with_random_padding(batch, 2)
+    assert not torch.equal(noisy.prompt_ids, batch.prompt_ids)
+    torch.testing.assert_close(
+        value(noisy.prompt_ids, noisy.prompt_mask), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-6
+    )
+    longer = [torch.nn.functional.pad(x, (0, 3)) for x in (batch.prompt_ids, batch.prompt_mask)]
+    torch.testing.assert_close(value(*longer), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_value_starts_at_zero_and_its_head_is_what_learns_first(kind):
+    value, batch = ValueNetwork(BACKBONES[kind]()), ragged_batch()
+    V_ = value(batch.prompt_ids, batch.prompt_mask)
+    assert torch.equal(V_, torch.zeros(B))
+    (V_ - 1).square().sum().backward()
+    assert value.value_head.weight.grad.abs().sum() > 0
+
+
+def test_scoring_leaves_the_batch_as_it_was():
+    batch = ragged_batch()
+    response_logps(random_t5(torch.float32), batch)
+    for f in dataclasses.fields(batch):
+        kept = getattr(ragged_batch(), f.name)
+        assert kept is None or torch.equal(getattr(batch, f.name), kept)
