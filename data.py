@@ -633,30 +633,19 @@ def make_batch(examples, eos: int, device="cpu") -> Batch:
     >>> batch.response_ids.shape, batch.candidate_mask.tolist()
     (torch.Size([2, 2, 2]), [[True, True], [True, False]])
     """
-    B, M = len(examples), max(len(e.response_ids) for e in examples)
+    pad = lambda row, n, what: [*row, *[what] * (n - len(row))]
+    M = max(len(e.response_ids) for e in examples)
     S, R = max(len(e.prompt_ids) for e in examples), max(len(ids) for e in examples for ids in e.response_ids)
-    prompt_ids, prompt_length = torch.full((B, S), eos), torch.zeros(B, dtype=torch.long)
-    response_ids, response_length = torch.full((B, M, R), eos), torch.zeros(B, M, dtype=torch.long)
-    rewards, ref_logps = torch.zeros(B, M), torch.zeros(B, M)
-    for i, e in enumerate(examples):
-        prompt_ids[i, : len(e.prompt_ids)] = torch.tensor(e.prompt_ids)
-        prompt_length[i] = len(e.prompt_ids)
-        for j, ids in enumerate(e.response_ids):
-            response_ids[i, j, : len(ids)] = torch.tensor(ids)
-            response_length[i, j] = len(ids)
-        rewards[i, : len(e.rewards)] = torch.tensor(e.rewards)
-        if e.ref_logps is not None:
-            ref_logps[i, : len(e.ref_logps)] = torch.tensor(e.ref_logps)
-    response_mask = torch.arange(R) < response_length[..., None]
-    batch = [
-        prompt_ids,
-        torch.arange(S) < prompt_length[:, None],
-        response_ids,
-        response_mask,
-        response_mask[..., 0],
-        rewards,
-    ]
-    batch.append(ref_logps if all(e.ref_logps is not None for e in examples) else None)
+    prompt_ids = torch.tensor([pad(e.prompt_ids, S, eos) for e in examples])
+    prompt_length = torch.tensor([len(e.prompt_ids) for e in examples])
+    lists = [pad(e.response_ids, M, []) for e in examples]
+    response_ids = torch.tensor([[pad(ids, R, eos) for ids in row] for row in lists])
+    response_mask = torch.arange(R) < torch.tensor([[len(ids) for ids in row] for row in lists])[..., None]
+    rewards, ref_logps = torch.tensor([pad(e.rewards, M, 0.0) for e in examples]), None
+    if all(e.ref_logps is not None for e in examples):
+        ref_logps = torch.tensor([pad(e.ref_logps, M, 0.0) for e in examples])
+    prompt_mask = torch.arange(S) < prompt_length[:, None]
+    batch = prompt_ids, prompt_mask, response_ids, response_mask, response_mask[..., 0], rewards, ref_logps
     return Batch(*(None if t is None else t.to(device) for t in batch))
 
 

@@ -1170,8 +1170,12 @@ def main(config: Config) -> dict:
     if world.task:
         metrics, answers, picture = evaluate_task(c, world, policy, reference, heldout, "heldout", state)
         save(json.dumps(picture), out / "frontier.json")
-        ood = evaluate_task(c, world, policy, reference, choose(world.ood), "ood", state)[0]
-        metrics |= {f"ood_{k}": v for k, v in ood.items()}
+        splits = {"ood": world.ood} | (
+            {"train": world.train} if world.task.words else {}
+        )  # tiny: is what it was trained on exact?
+        for split, examples in splits.items():
+            found = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]
+            metrics |= {f"{split}_{k}": v for k, v in found.items()}
     else:
         rows = evaluate_lists(c, world, policy, reference)
         save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
