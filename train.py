@@ -642,7 +642,7 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
     usable = kl >= 0.05 and (enumerated or f.effective_sample_size >= 20) and math.isfinite(f.efficiency)
     # How far the best achievable differs from prompt to prompt: V* at tau 1 in units of the reference's reward deviation
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
-    values = dro.optimal_value(log_b, pool_rewards, deviation.item())
+    values = dro.optimal_value(log_b, pool_rewards, deviation.item()) if deviation else torch.zeros(1)
     m = {
         "policy_reward": policy_rewards.mean().item(),
         "reference_reward": reference_rewards.mean().item(),

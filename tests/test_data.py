@@ -725,3 +725,51 @@ def test_tiny_spends_one_token_on_a_word():
 
 def test_other_tasks_allow_every_token():
     assert data.allowed_tokens(TASK["dialogue"], SMALL) is None and data.allowed_tokens(TASK["summary"], SMALL) is None
+
+
+# ------------------------------------------------------------------------------------------------ single responses, thumbs
+
+
+def loaded(tmp_path, *rows, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    news = []
+    return data.load([path], say=news.append, **options), news
+
+
+def test_single_responses_to_one_prompt_become_one_list(tmp_path):
+    rows = [
+        {"prompt": "The pond is", "response": " calm.", "reward": 2},
+        {"prompt": "The sea is", "completion": " wide.", "score": 0.5},
+        {"prompt": "The pond is", "response": " soup.", "rating": -1.5},
+    ]
+    records, news = loaded(tmp_path, *rows)
+    assert records == [
+        {"prompt": "The pond is", "responses": [" calm.", " soup."], "rewards": [2.0, -1.5]},
+        {"prompt": "The sea is", "responses": [" wide."], "rewards": [0.5]},
+    ]
+    assert "single responses, 2 prompts, 3 responses; best of record 1: ' calm.'" in news[0]
+    assert loaded(tmp_path, *rows, limit=1)[0] == records[:1]  # a limit counts lists, and each is whole
+
+
+def test_thumbs_are_one_and_minus_one(tmp_path):
+    labels = [True, False, 1, 0, 0.7, -3]
+    records, _ = loaded(tmp_path, *({"prompt": f"{i}", "completion": "x", "label": x} for i, x in enumerate(labels)))
+    assert [r["rewards"] for r in records] == [[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "x", "completion": "y", "label": "yes"}, "'label' is 'yes', expected true or false, or a number"),
+        ({"prompt": "x", "completion": "y", "label": None}, "'label' is None"),
+        ('{"prompt": "x", "completion": "y", "label": NaN}', "'label' is nan, expected a finite number"),
+        ({"prompt": "x", "response": "y"}, "no field 'reward', expected"),
+        ({"prompt": "x", "response": "y", "reward": "high"}, "'reward' is 'high', expected a finite number"),
+        ({"prompt": "x", "response": ["y"], "reward": 1}, "'response' is list, expected a string"),
+        ({"response": "y", "reward": 1}, "no field 'prompt'"),
+    ],
+)
+def test_bad_single_responses_are_named_with_file_and_line(tmp_path, row, message):
+    with pytest.raises(data.DataError, match=rf"rows.jsonl:2: {message}"):
+        loaded(tmp_path, {"prompt": "a", "response": "b", "reward": 1}, row)

@@ -1,6 +1,7 @@
 """The run: nothing lost, nothing guessed, measured against the optimum. Small models, so that a run takes a second."""
 
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -420,6 +421,11 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         ("--device cuda", "sees no CUDA GPU"),
         ("--task tiny --tokenizer gpt2", "fixed vocabulary"),
         ("--reward-norm l2", "choose from softmax"),
+        ("--objective dro --tau 0", "--tau must be positive"),
+        ("--objective dro --share-networks --value-lr 0.1", "leave it or --share-networks away"),
+        ("--behaviour uniform", "which only --task tiny can name"),
+        ("--data x.jsonl --task tiny", "give one of the two"),
+        ("--model bert", "choose from gpt, t5"),
     ],
 )
 def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, tmp_path):
@@ -547,3 +553,200 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
 
 def test_ties_of_a_score_give_the_mean_reward_of_the_tied():
     assert train.list_outcome([1.0, 1.0, 0.0], [4.0, 2.0, 9.0]) == (3.0, 0.5, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ DRO, KTO, the T5
+
+
+@pytest.mark.parametrize("objective", ["lire", "dro", "dro-p", "kto", "sft"])
+@pytest.mark.parametrize("task", ["summary", "tiny"])
+def test_every_objective_and_task_runs_with_the_t5(tmp_path, objective, task):
+    settings = {"task": task, "objective": objective, "model": "t5", "reference_steps": 2, "steps": 2}
+    metrics = train.main(small(tmp_path / "run", **settings, candidates=2, eval_prompts=2, eval_samples=8))
+    assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "dro"},
+        {"objective": "dro", "share_networks": True},
+        {"objective": "dro", "value": "batch", "value_lr": 1e-3, "optimizer": "adafactor"},
+        {"objective": "dro", "candidates": 1, "model": "t5"},
+        {"objective": "dro", "evolve": 0},
+        {"objective": "dro", "behaviour": "uniform", "dtype": "bfloat16", "model": "t5"},
+        {"objective": "dro-p", "behaviour": "reference", "evolve": 2},
+        {"objective": "kto", "beta": 1.0},
+        {"objective": "kto", "desirable": "positive"},
+    ],
+    ids=str,
+)
+def test_every_setting_of_dro_and_kto_runs(tmp_path, settings):
+    metrics = train.main(small(tmp_path / "run", **{"reference_steps": 5, "steps": 4, "evolve": None, **settings}))
+    assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    promised = {"rewards/implied", "rewards/correlation", "kl", "grad_norm"}
+    if settings["objective"] == "dro":
+        promised |= {"loss/policy", "loss/value", "value/mean", "value/explained_variance", "residual/rms"}
+        assert metrics["value_error"] >= 0 and metrics["kl_from_optimum"] >= 0
+    if settings["objective"] != "kto":
+        promised |= {"residual/within_prompt"}
+    assert promised <= set(rows[-1])
+    assert (tmp_path / "run" / "curves.png").exists() or not importlib.util.find_spec("matplotlib")
+
+
+def test_dro_improves_the_reward_and_learns_the_value(tmp_path):
+    settings = {"reference_steps": 60, "steps": 200, "batch_size": 16, "eval_prompts": 20, "width": 64, "lr": 2e-3}
+    metrics = train.main(small(tmp_path / "run", objective="dro", evolve=1, **settings, tau=0.5))
+    assert metrics["policy_reward"] > metrics["reference_reward"] + 0.3
+    assert metrics["train_kl_from_optimum"] < 0.5 * metrics["train_optimum_kl"]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_dro_resumes_to_the_same_bits_with_its_value_network(tmp_path, monkeypatch, share):
+    settings = {"objective": "dro", "share_networks": share, "steps": 8, "reference_steps": 5}
+    train.main(small(tmp_path / "whole", **settings))
+    real, calls = train.compute_loss, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            raise OSError("the machine is gone")
+        return real(*args)
+
+    monkeypatch.setattr(train, "compute_loss", failing)
+    with pytest.raises(OSError):
+        train.main(small(tmp_path / "cut", **settings))
+    monkeypatch.setattr(train, "compute_loss", real)
+    train.main(train.command_line(["--resume", str(tmp_path / "cut"), "--device", "auto"]))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert same(a["policy"], b["policy"]) and same(a["value"], b["value"])
+    assert a["statistics"] == b["statistics"] and a["statistics"][1] > 0
+
+
+def test_networks_are_apart_unless_shared_and_each_is_clipped_by_itself(tmp_path):
+    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, value_lr=1e-2)
+    policy, value = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
+    assert not policy & value and policy == {id(p) for p in state.policy.parameters()}
+    assert [group["peak"] for group in state.optimizer.param_groups] == [5e-4, 1e-2]
+    assert same(state.value.backbone.state_dict(), reference.state_dict())
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in "ab")
+    optimizer = torch.optim.SGD([{"params": [p], "peak": 1.0} for p in (a, b)])
+    norms = train.optimizer_step(optimizer, (30 * a + 0.5 * b).sum(), 1, 2, 1.0)
+    assert norms == [30.0, 0.5] and b.item() == pytest.approx(-0.5 * train.lr_at(1, 2, 1.0))
+    assert a.item() == pytest.approx(-1.0 * train.lr_at(1, 2, 1.0), rel=1e-4)
+    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, share_networks=True)
+    assert state.value.backbone is state.policy and len(state.optimizer.param_groups) == 1
+    assert any(p is state.value.value_head.weight for p in state.optimizer.param_groups[0]["params"])
+
+
+def test_rewards_that_are_all_alike_are_measured_without_a_nan(tmp_path):
+    """A reference that has learnt nothing earns nothing in dialogue: LIRE's run still ends, DRO's says why it can't begin."""
+    settings = {"task": "dialogue", "reference_steps": 1, "steps": 1, "evolve": 1, "eval_prompts": 2, "candidates": 2}
+    metrics = train.main(small(tmp_path / "lire", **settings))
+    assert metrics["value_deviation"] == 0 and metrics["efficiency"] is None
+    with pytest.raises(ConfigError, match="every reward is 0.0: there is nothing to learn"):
+        train.main(small(tmp_path / "dro", objective="dro", **settings))
+
+
+def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts(tmp_path):
+    c, world, state, _ = loop_state(tmp_path, objective="dro", evolve=1)
+    batch = data.make_batch(train.with_responses(world.train[:3], [[[0]]] * 3), 0)
+    with torch.no_grad():
+        state.value.value_head.weight.normal_()
+        apart = train.batch_values(c, state, batch)
+        together = train.batch_values(dataclasses.replace(c, value="batch"), state, batch)
+    assert apart.std() > 0 and torch.allclose(together, apart.mean().expand(3))
+
+
+def test_the_loss_of_dro_counts_every_response_once_with_its_prompts_value():
+    c = train.resolve(Config(objective="dro", tau=0.5, device="cpu"))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rewards, logps, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    ids = torch.ones(2, 3, 4, dtype=torch.long)
+    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, mask[..., None].expand(2, 3, 4), mask, rewards, ref)
+    logps = torch.where(mask, logps, torch.nan)  # an empty slot may hold anything
+    losses = train.compute_loss(c, logps, batch, torch.tensor([0.3, -0.7]))
+    expected = [
+        dro.dro_v_losses(*(x[None] for x in (logps[i, j], ref[i, j], rewards[i, j], torch.tensor(v))), 0.5)
+        for i, j, v in ((0, 0, 0.3), (0, 1, 0.3), (0, 2, 0.3), (1, 0, -0.7))
+    ]
+    for k, name in enumerate(("loss/policy", "loss/value")):
+        torch.testing.assert_close(losses[name], torch.cat([e[k] for e in expected]))
+    assert train.total(losses).item() == pytest.approx(sum(x.mean().item() for x in losses.values()))
+
+
+def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(tmp_path):
+    c, world, state, reference = loop_state(tmp_path, objective="kto", evolve=1)
+    with torch.no_grad():
+        state.policy.wpe.weight.add_(0.3)
+    words = train.enumerate_tiny(world)
+    examples = train.with_responses(world.train[:3], [[words[0], words[80]], [words[20]], [words[100], words[5]]])
+    batch = data.make_batch(examples, world.enc.eot_token)
+    policy, ref = train.mismatched_logps(world, state.policy, reference, batch)
+    apart = train.with_responses(world.train[:3], [[words[20]], [words[100]], [words[0]]])
+    for found, model in ((policy, state.policy), (ref, reference)):
+        expected = [row[0] for row in train.score_examples(c, world, model, apart)]
+        assert found.tolist() == pytest.approx(expected, abs=1e-5) and not found.requires_grad
+    alone = data.make_batch(examples[:1], world.enc.eot_token)
+    assert [len(x) for x in train.mismatched_logps(world, state.policy, reference, alone)] == [0, 0]
+
+
+def test_the_residual_within_prompts_is_that_of_the_samples(tmp_path):
+    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, tau=0.5)
+    state.statistics = [0.2, 0.8]
+    m = train.quick_evaluation(
+        c, world, state, reference, 1
+    )  # policy = reference: what is left is the reward's deviation
+    lists = train.sample_lists(c, world, reference, world.heldout[:32], 8, train.rng(c.seed, "quick", 1))
+    rewards = torch.tensor([train.rewarded(world, e.prompt, ys) for e, ys in zip(world.heldout, lists)])
+    expected = (rewards / 0.8).var(-1, correction=0).mean().sqrt().item()
+    assert m["residual/within_prompt"] == pytest.approx(expected, rel=1e-5)
+
+
+SINGLES = [
+    {"prompt": f"What is {i} like?", "response": "Fine." if i % 2 else "Bad.", "reward": i % 2} for i in range(60)
+]
+THUMBS = [{"prompt": r["prompt"], "completion": r["response"], "label": bool(r["reward"])} for r in SINGLES]
+
+
+@pytest.mark.parametrize("objective", ["dro", "dro-p", "kto"])
+@pytest.mark.parametrize("rows", [SINGLES, THUMBS, LISTS], ids=["singles", "thumbs", "lists"])
+def test_single_responses_thumbs_and_lists_train_dro_and_kto(tmp_path, objective, rows):
+    path = write(tmp_path / "rows.jsonl", rows)
+    run = tmp_path / "run"
+    train.main(small(run, data=[path], objective=objective, evolve=None, vocab_size=300, reference_steps=2, steps=4))
+    assert json.loads((run / "config.json").read_text())["desirable"] == ("positive" if rows is THUMBS else "mean")
+    row = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(row["loss"]) and "rewards/correlation" in row
+
+
+def test_candidates_takes_the_first_of_a_files_lists(tmp_path, capsys):
+    path = write(
+        tmp_path / "lists.jsonl", [{**r, "rewards": [i % 3, 9, 9][: len(r["rewards"])]} for i, r in enumerate(LISTS)]
+    )
+    train.main(small(tmp_path / "run", data=[path], objective="dro", candidates=1, evolve=None, vocab_size=300))
+    assert "lists of 1.0 responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows, settings, message",
+    [
+        (SINGLES, {}, "every list here has a single response.*dro and kto can"),
+        (
+            [{**r, "reward": 2.0} for r in SINGLES],
+            {"objective": "dro"},
+            "every reward is 2.0: there is nothing to learn",
+        ),
+        ([{**r, "label": True} for r in THUMBS], {"objective": "kto"}, "none of these .. is undesirable"),
+        ([{**r, "label": False} for r in THUMBS], {"objective": "kto"}, "none of these .. is desirable"),
+        ([{**r, "label": "up"} for r in THUMBS], {"objective": "kto"}, "'label' is 'up', expected true or false"),
+        (SINGLES, {"objective": "dro", "tau": 0.0}, "--tau must be positive"),
+        (SINGLES, {"objective": "kto", "beta": -1.0}, "--beta must be positive"),
+    ],
+)
+def test_data_that_teach_dro_or_kto_nothing_end_with_one_line(tmp_path, rows, settings, message):
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises((ConfigError, data.DataError), match=message) as e:
+        train.main(small(tmp_path / "run", data=[path], evolve=None, vocab_size=300, **settings))
+    assert "\n" not in str(e.value) and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
