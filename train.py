@@ -592,7 +592,8 @@ def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
 
 def correlation(x, y):
     """Pearson's, of two [N] tensors; nan where one is constant."""
-    return torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1]
+    x, y = (t.double() - t.double().mean() for t in (x, y))
+    return (x @ y) / (x.norm() * y.norm())
 
 
 # ------------------------------------------------------------------------------------------------------------------ evaluation
