@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -407,8 +406,8 @@ def _need(row, name, kind, what, form=None):
 
 
 def _number(x, where):
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= sys.float_info.max:
-        raise DataError(f"{where} is {x!r}, expected a finite number")
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= 1e30:  # float32 and its squares
+        raise DataError(f"{where} is {x!r}, expected a finite number (up to 1e30)")
     return float(x)
 
 

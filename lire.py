@@ -14,6 +14,8 @@ import torch
 
 
 def _check(mask, *tensors):
+    if mask.dtype != torch.bool:
+        raise ValueError(f"expected a bool mask, got {mask.dtype}")
     for t in tensors:
         if t.shape != mask.shape or mask.dim() != 2:
             raise ValueError(
@@ -119,7 +121,7 @@ def sft_loss(logps, lengths, rewards, mask):
     """
     _check(mask, logps, lengths, rewards)
     best = _float(rewards).masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)  # [B, 1], the first at a tie
-    return -(logps.gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
+    return -(_float(logps).gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
 
 
 def self_enhance(sample, score, evolve, iterate, start):

@@ -144,6 +144,14 @@ def resolve(config: Config) -> Config:
         )
     if c.behaviour == "uniform" and (files or c.task != "tiny"):
         raise ConfigError("--behaviour uniform draws from all responses there are, which only --task tiny can name")
+    if c.behaviour != "policy" and not c.evolve:
+        raise ConfigError(f"--behaviour {c.behaviour} is about sampled pools, and --evolve 0 samples none")
+    if c.objective in ("dro", "dro-p", "kto") and c.reward_norm not in ("global", "none"):
+        raise ConfigError(
+            f"--reward-norm {c.reward_norm} compares within a list: --objective {c.objective} takes global or none"
+        )
+    if c.objective == "kto" and c.batch_size < 2:
+        raise ConfigError("--objective kto compares the prompts of a batch: --batch-size must be at least 2, got 1")
     if c.share_networks and c.value_lr is not None:
         raise ConfigError("--value-lr is of a value network of its own: leave it or --share-networks away")
     if c.optimizer == "adafactor" and not hasattr(torch.optim, "Adafactor"):
@@ -192,6 +200,13 @@ def save(what, path) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def read_json(path) -> dict | None:
+    """The object in a JSON file; None where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(path).read_text())
+        return found if isinstance(found, dict) else None
 
 
 def digest_of(state: dict) -> str:
@@ -266,6 +281,10 @@ def make_world(c: Config) -> World:
             raise ConfigError(
                 "--objective lire compares the candidates of a list, and every list here has a single response: it can't learn "
                 "(--objective dro and kto can)"
+            )
+        if c.objective == "lire" and not any(len(set(r["rewards"][: c.candidates])) > 1 for r in records):
+            raise ConfigError(
+                "no list has two responses of unlike reward: there is nothing to compare, and nothing to learn"
             )
         check_rewards(c, [x for r in records for x in r["rewards"][: c.candidates]])
     else:
@@ -400,7 +419,7 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
 def get_reference(c: Config, world: World, checkpoint: dict | None = None):
     """The reference model: the run's own where it is resumed, else from the cache beside the run, else trained and cached.
 
-    What is read is verified by its digest. Raises: ConfigError where a resumed run's reference is damaged and not in the cache.
+    What is read is verified by its digest. Raises: ConfigError where a resumed run's own reference is damaged.
     """
     if checkpoint:
         model, path = new_model(c, world), Path(c.out) / "reference.pt"
@@ -424,8 +443,7 @@ def get_reference(c: Config, world: World, checkpoint: dict | None = None):
             return model.eval()
         except Exception as e:  # damaged files fail in many ways, and all of them mean: train it again
             print(f"reference: {path} is damaged ({str(e).splitlines()[0][:80]}), training it again")
-    elif others := sorted(folder.glob("*.json")):
-        told = [json.loads(other.read_text()) for other in others]
+    elif told := list(filter(None, map(read_json, sorted(folder.glob("*.json"))))):
         changed = min(([k for k in parts if old.get(k) != parts[k]] for old in told), key=len)
         print(f"reference: none cached for this; the nearest one differs in {', '.join(changed)}")
     model = train_reference(c, world).eval()
@@ -523,8 +541,12 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
     if c.objective == "dro-p":
         return dro.dro_p_loss(logps[mask], batch.ref_logps[mask], rewards[mask], c.tau)
     if c.objective == "kto":
-        desirable = rewards[mask] > (0 if c.desirable == "positive" else rewards[mask].mean())
-        return baselines.kto_loss(logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta)
+        earned = batch.rewards[mask]
+        desirable = earned > (0 if c.desirable == "positive" else earned.mean())
+        loss = baselines.kto_loss(logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta)
+        return loss * (
+            len(earned) > 1 or c.desirable == "positive"
+        )  # a single response is neither above nor below its mean
     if c.objective == "sft":  # the reference is all there is to train
         return -logps.sum(-1) / lengths.sum(-1)
     raise ConfigError(
@@ -865,17 +887,17 @@ def batch_values(c: Config, state: State, batch):
 
 @torch.no_grad()
 def mismatched_logps(world: World, policy, reference, batch) -> tuple:
-    """KTO's mismatched pairs, prompt i with the first candidate of prompt i + 1: log-probs of policy and reference, [B] each.
+    """KTO's mismatched pairs, prompt i with the first candidate of prompt i + 1: log-probs of policy and reference.
 
-    Empty where the batch has a single prompt.
+    Returns: two [K], K = B less the pairs whose two prompts are the same.
     """
-    n = len(batch.prompt_ids)
+    apart = (batch.prompt_ids != batch.prompt_ids.roll(-1, 0)).any(-1)  # [B]
     others = dataclasses.replace(
         batch,
         response_ids=batch.response_ids[:, :1].roll(-1, 0),
         response_mask=batch.response_mask[:, :1].roll(-1, 0),
     )
-    return tuple(models.response_logps(m, others, world.allowed)[: n if n > 1 else 0, 0] for m in (policy, reference))
+    return tuple(models.response_logps(m, others, world.allowed)[apart, 0] for m in (policy, reference))
 
 
 def run_settings(c: Config) -> dict:
@@ -901,7 +923,10 @@ def load_checkpoint(c: Config, parts: dict) -> dict | None:
     if not path.exists():
         print(f"{c.resume} has no checkpoint yet: starting over")
         return None
-    checkpoint = torch.load(path, map_location=c.device, weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location=c.device, weights_only=True)
+    except Exception as e:  # damaged files fail in many ways
+        raise ConfigError(f"--resume {c.resume}: {path} is damaged ({str(e).splitlines()[0][:80]})") from None
     if told := difference(checkpoint["config"], run_settings(c)):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({told})")
     if checkpoint["parts"]["texts"] != parts["texts"]:
@@ -1239,7 +1264,8 @@ def command_line(argv=None) -> Config:
             raise ConfigError(
                 f"--resume {run}: no config.json in it, expected the folder of a run, such as out/lire-dialogue-0"
             )
-        saved = json.loads(path.read_text())
+        if not (saved := read_json(path)):
+            raise ConfigError(f"--resume {run}: {path} is damaged, expected the settings of the run as JSON")
         if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
             raise ConfigError(
                 f"--resume {run}: its config.json is of another version (it has {', '.join(sorted(unknown))})"
@@ -1260,7 +1286,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal can show something
     try:
         main(command_line())
-    except (ConfigError, data.DataError, FloatingPointError) as e:
+    except (ConfigError, data.DataError, FloatingPointError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt as e:
         sys.exit(

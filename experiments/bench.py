@@ -38,7 +38,7 @@ SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
-    "gpt2": (1, 5, {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768}),
+    "gpt2": (1, 15, {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768}),
 }
 
 
@@ -257,7 +257,7 @@ def main(argv=None):
     """Measure, print, write out/bench.json. Returns what is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: default and 5m")
-    parser.add_argument("--pairs", type=int, help="timed pairs; default 15, for gpt2 5, with --quick 3")
+    parser.add_argument("--pairs", type=int, help="timed pairs; default 15, with --quick 3")
     parser.add_argument("--shapes", nargs="+", help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(

@@ -21,12 +21,12 @@ import torch
 import train
 
 FOLDER = Path("out/cells")
-SOURCES = "data.py dro.py lire.py model.py train.py".split()
+SOURCES = "baselines.py data.py dro.py lire.py model.py train.py".split()
 
 
 def folder_of(config: train.Config) -> Path:
     """Where a cell lives: named by its settings, the contents of its files and the sources."""
-    h = hashlib.sha256(json.dumps({k: v for k, v in vars(config).items() if k not in ("out", "resume")}).encode())
+    h = hashlib.sha256(json.dumps(train.run_settings(train.resolve(config))).encode())
     for path in [Path(train.__file__).parent / name for name in SOURCES] + [
         Path(p) for p in config.data + config.eval_data
     ]:
@@ -42,7 +42,12 @@ def run_one(config: train.Config) -> dict:
         resume = str(folder) if (folder / "config.json").exists() else ""
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log):
-            train.main(dataclasses.replace(config, out=str(folder), resume=resume))
+            try:
+                train.main(dataclasses.replace(config, out=str(folder), resume=resume))
+            except (
+                FloatingPointError
+            ) as e:  # a result like any other: the table shows - and the rest of the list goes on
+                train.save(json.dumps({"failed": str(e)}), folder / "metrics.json")
     return json.loads((folder / "metrics.json").read_text())
 
 

@@ -78,7 +78,7 @@ def main(path: str, jobs: int = 0) -> dict:
     }
     cells.run(
         [c for row in configs.values() for c in row], jobs
-    )  # row by row: two cells at a time never share a reference
+    )  # row by row: up to five cells at a time never share a reference
     results = {}
     for row, fold in configs.items():
         lists = [

@@ -20,6 +20,8 @@ def draw(folder) -> str:
     import matplotlib.pyplot as plt
 
     folder = Path(folder)
+    if not (folder / "log.jsonl").exists() and (folder / "metrics.json").exists():
+        return "no picture of the curves: the run made no step"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text())
     picture = json.loads((folder / "frontier.json").read_text()) if (folder / "frontier.json").exists() else {}

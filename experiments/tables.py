@@ -1,4 +1,4 @@
-"""The README's tables of LIRE: `python -m experiments.tables NAME` prints one and writes results/NAME.json.
+"""The README's tables: `python -m experiments.tables NAME` prints one and writes results/NAME.json.
 
 sft         dialogue with the defaults, and without the SFT term              5 seeds
 summary     summary with the defaults; trained on shuffled prompts            3 seeds
@@ -6,6 +6,7 @@ candidates  M = 2, 4, 8, 16 candidates a prompt                               3 
 evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
 objective   the authors' T, rewards and score against others                  3 seeds
 shuffled    dialogue trained on shuffled prompts                              3 seeds
+dro         DRO and KTO on dialogue: reference samples, pools of the policy   3 seeds
 """
 
 import argparse
@@ -16,7 +17,11 @@ from pathlib import Path
 from experiments import cells
 from train import Config
 
-COLUMNS = "policy_reward reference_reward best_of_8_reward win_rate kl efficiency ood_policy_reward ood_reference_reward policy_distinct".split()
+COLUMNS = (
+    "policy_reward reference_reward best_of_8_reward win_rate kl efficiency ood_policy_reward ood_reference_reward "
+    "ood_best_of_8_reward policy_distinct"
+).split()
+DRO = "policy_reward reference_reward win_rate kl efficiency value_error value_correlation ood_policy_reward ood_efficiency".split()
 SUMMARY = (
     "policy_reward reference_reward best_of_8_reward win_rate kl policy_covered reference_covered policy_invented "
     "reference_invented policy_words reference_words ood_policy_reward ood_reference_reward"
@@ -47,6 +52,16 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
             "mean score": {"score": "mean"},
         },
     ),
+    "dro": (
+        DRO,
+        3,
+        {f"dro, tau {tau}": {"objective": "dro", "tau": tau} for tau in (0.5, 0.2)}
+        | {
+            f"dro, tau {tau}, --evolve 10 --lr 1e-3": {"objective": "dro", "tau": tau, "evolve": 10, "lr": 1e-3}
+            for tau in (0.5, 0.2)
+        }
+        | {f"kto, beta {beta:g}": {"objective": "kto", "beta": beta} for beta in (0.2, 1.0, 5.0)},
+    ),
     "shuffled": (COLUMNS, 3, {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}),
 }
 
@@ -66,7 +81,7 @@ def table(name: str, results: dict) -> str:
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for row, found in results.items():
         lines.append(
-            f"| {row} | " + " | ".join(mean_and_spread([m[column] for m in found]) for column in columns) + " |"
+            f"| {row} | " + " | ".join(mean_and_spread([m.get(column) for m in found]) for column in columns) + " |"
         )
     return "\n".join(lines)
 

@@ -82,11 +82,13 @@ def test_the_tables_are_those_of_the_results(path):
 def test_no_docstring_example_is_wrong():
     import doctest
 
+    import baselines
     import data
     import dro
     import lire
     import model
+    from experiments import bench
 
-    for module in (lire, dro, model, data, train):
+    for module in (lire, dro, baselines, model, data, train, bench):
         result = doctest.testmod(module)
         assert result.failed == 0 and (result.attempted or module is train)

@@ -188,6 +188,18 @@ def test_list_metrics_count_ties_half_and_name_every_score():
     assert (m["top1_reward_good"], m["top1_reward_bad"], m["mean_reward"], m["best_reward"]) == (3, 1, 2, 3)
 
 
+def test_the_probabilities_of_tiny_sum_to_one_for_reference_and_policy(finished):
+    folder, _ = finished
+    c = train.resolve(small("unused"))
+    world = train.make_world(c)
+    examples = train.with_responses(world.heldout[:3], [train.enumerate_tiny(world)] * 3)
+    for state in (torch.load(folder / "reference.pt", weights_only=True), weights(folder)):
+        model = train.new_model(c, world)
+        model.load_state_dict(state)
+        logps = torch.tensor(train.score_examples(c, world, model, examples)).double()
+        assert (logps.exp().sum(-1) - 1).abs().max() < 1e-6
+
+
 # ---------------------------------------------------------------------------------------------------------------- nothing lost
 
 
@@ -362,6 +374,26 @@ def test_a_constant_reward_is_nothing_to_learn(tmp_path):
         )
 
 
+def test_lire_needs_a_list_with_unlike_rewards(tmp_path):
+    records = [{**r, "rewards": [float(i)] * len(r["rewards"])} for i, r in enumerate(LISTS)]
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None))
+
+
+def test_damaged_files_of_a_run_end_with_one_line(tmp_path, capsys):
+    train.main(small(tmp_path / "run", steps=1, reference_steps=1))
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="checkpoint.pt is damaged"):
+        train.main(train.command_line(["--resume", str(tmp_path / "run")]))
+    for damaged in ("{", "[1]"):
+        (tmp_path / "run" / "config.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="config.json is damaged"):
+            train.command_line(["--resume", str(tmp_path / "run")])
+    next((tmp_path / "reference").glob("*.json")).write_text("{")  # it only serves a message
+    train.main(small(tmp_path / "other", steps=1, reference_steps=2))
+
+
 def test_changed_data_are_refused_on_resume(tmp_path):
     path = write(tmp_path / "lists.jsonl", LISTS)
     train.main(small(tmp_path / "run", data=[path], evolve=None, vocab_size=300))
@@ -426,6 +458,9 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         ("--behaviour uniform", "which only --task tiny can name"),
         ("--data x.jsonl --task tiny", "give one of the two"),
         ("--model bert", "choose from gpt, t5"),
+        ("--objective dro --reward-norm softmax", "takes global or none"),
+        ("--objective kto --batch-size 1", "at least 2, got 1"),
+        ("--task tiny --evolve 0 --behaviour uniform", "samples none"),
     ],
 )
 def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, tmp_path):
@@ -690,6 +725,10 @@ def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(
         assert found.tolist() == pytest.approx(expected, abs=1e-5) and not found.requires_grad
     alone = data.make_batch(examples[:1], world.enc.eot_token)
     assert [len(x) for x in train.mismatched_logps(world, state.policy, reference, alone)] == [0, 0]
+    twice = data.make_batch(
+        [examples[0], examples[0], examples[1]], world.enc.eot_token
+    )  # one pair has the same prompt twice
+    assert [len(x) for x in train.mismatched_logps(world, state.policy, reference, twice)] == [2, 2]
 
 
 def test_the_residual_within_prompts_is_that_of_the_samples(tmp_path):
