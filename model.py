@@ -225,7 +225,7 @@ class T5Config:
     heads: int = 4
     width: int = 128
     head_width: int = 32
-    mlp_width: int = 344
+    mlp_width: int = 256
     eos: int = 511  # the token that ends a response
     start: int = 512  # what the decoder reads first: T5's padding id, or one id more than the vocabulary
 

@@ -343,10 +343,8 @@ def new_model(c: Config, world: World):
         if c.model == "gpt":
             config = models.GPTConfig(enc.n_vocab, c.max_prompt + c.max_response, eos=enc.eot_token, **size)
             return models.GPT(config).to(c.device)
-        mlp = -(-c.width // 3) * 8  # a gated MLP has three matrices: 8/3 of the width for the 4 of an ungated one
-        config = models.T5Config(
-            enc.n_vocab, head_width=c.width // c.heads, mlp_width=mlp, eos=enc.eot_token, start=enc.n_vocab, **size
-        )
+        inner = {"head_width": c.width // c.heads, "mlp_width": 2 * c.width}  # as T5 v1.1 small; base has 8/3
+        config = models.T5Config(enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, **inner, **size)
         return models.T5(config).to(c.device)
 
 
