@@ -1237,6 +1237,7 @@ def command_line(argv=None) -> Config:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
     )
+    parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists the options")
     for f in dataclasses.fields(Config):
         kind = (
             next((t for t in typing.get_args(f.type) if t is not types.NoneType), f.type)
