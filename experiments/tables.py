@@ -6,7 +6,10 @@ candidates  M = 2, 4, 8, 16 candidates a prompt                               3 
 evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
 objective   the authors' T, rewards and score against others                  3 seeds
 shuffled    dialogue trained on shuffled prompts                              3 seeds
-dro         DRO and KTO on dialogue: reference samples, pools of the policy   3 seeds
+dro         DRO and KTO on dialogue: reference samples, pools of the policy   5 seeds
+dro-t5      the same on the T5                                                5 seeds
+dro-logged  the same on the task's own logged responses                       5 seeds
+dro-ablations  DRO's tau, value network and learning rates                    3 seeds
 """
 
 import argparse
@@ -26,6 +29,18 @@ SUMMARY = (
     "policy_reward reference_reward best_of_8_reward win_rate kl policy_covered reference_covered policy_invented "
     "reference_invented policy_words reference_words ood_policy_reward ood_reference_reward"
 ).split()
+
+
+def of(rows: dict, **common) -> dict:
+    """The same rows under common settings; a row's own win."""
+    return {row: {**common, **settings} for row, settings in rows.items()}
+
+
+DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro")
+DRO_POOLS = {
+    f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3} for row, settings in DRO_ROWS.items()
+}
+KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto")
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
     "sft": (COLUMNS, 5, {"defaults (sft_weight 0.1)": {}, "sft_weight 0": {"sft_weight": 0.0}}),
@@ -52,15 +67,24 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
             "mean score": {"score": "mean"},
         },
     ),
-    "dro": (
+    "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
+    "dro-t5": (DRO, 5, of({**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}, model="t5")),
+    "dro-logged": (DRO, 5, of({**DRO_ROWS, **KTO_ROWS}, evolve=0)),
+    "dro-ablations": (
         DRO,
         3,
-        {f"dro, tau {tau}": {"objective": "dro", "tau": tau} for tau in (0.5, 0.2)}
-        | {
-            f"dro, tau {tau}, --evolve 10 --lr 1e-3": {"objective": "dro", "tau": tau, "evolve": 10, "lr": 1e-3}
-            for tau in (0.5, 0.2)
-        }
-        | {f"kto, beta {beta:g}": {"objective": "kto", "beta": beta} for beta in (0.2, 1.0, 5.0)},
+        of(
+            {
+                **{f"tau {tau}": {"tau": tau} for tau in (0.2, 0.5, 1.0, 2.0)},
+                "V per batch": {"value": "batch"},
+                "shared": {"share_networks": True},
+                "shared, V per batch": {"share_networks": True, "value": "batch"},
+                **{f"both lr x {k:g}": {"lr": k * 5e-4} for k in (0.25, 4)},
+                **{f"value lr x {k:g}": {"value_lr": k * 5e-4} for k in (0.25, 4)},
+            },
+            objective="dro",
+            tau=0.5,
+        ),
     ),
     "shuffled": (COLUMNS, 3, {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}),
 }
