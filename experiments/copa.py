@@ -24,6 +24,7 @@ COMMON = {"reference_steps": 150, "steps": 60, "eval_every": 60, "eval_prompts":
 ROWS = {
     "--score mean --temperature 0.2": {"score": "mean", "temperature": 0.2, "sft_weight": 0.0},
     "--score sum (defaults)": {},
+    "--objective dro --model t5": {"objective": "dro", "model": "t5"},
 }
 
 
