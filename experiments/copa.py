@@ -1,4 +1,4 @@
-"""LIRE on real, human-rated explanations (COPA-SSE), by 5 folds over prompts with a bootstrap:
+"""LIRE, and DRO on the T5, on real human-rated explanations (COPA-SSE), by 5 folds over prompts with a bootstrap:
 
     python -m experiments.copa dev-explained.jsonl
 
@@ -24,7 +24,7 @@ COMMON = {"reference_steps": 150, "steps": 60, "eval_every": 60, "eval_prompts":
 ROWS = {
     "--score mean --temperature 0.2": {"score": "mean", "temperature": 0.2, "sft_weight": 0.0},
     "--score sum (defaults)": {},
-    "--objective dro --model t5": {"objective": "dro", "model": "t5"},
+    "--objective dro --model t5 --tau 0.2": {"objective": "dro", "model": "t5", "tau": 0.2},
 }
 
 
