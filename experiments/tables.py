@@ -75,7 +75,7 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
         3,
         of(
             {
-                **{f"tau {tau}": {"tau": tau} for tau in (0.2, 0.5, 1.0, 2.0)},
+                **{f"tau {tau}": {"tau": tau} for tau in (0.2, 0.5, 1.0, 5.0)},
                 "V per batch": {"value": "batch"},
                 "shared": {"share_networks": True},
                 "shared, V per batch": {"share_networks": True, "value": "batch"},
