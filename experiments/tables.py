@@ -9,16 +9,18 @@ shuffled    dialogue trained on shuffled prompts                              3 
 dro         DRO and KTO on dialogue: reference samples, pools of the policy   5 seeds
 dro-t5      reference samples on the T5                                       3 seeds
 dro-logged  the same on the task's own logged responses                       3 seeds
-dro-ablations  DRO's tau, value network and learning rates                    3 seeds
+dro-tried   DRO at tau 0.5: what brings it nearer to the optimum              1 seed
+dro-ablations   DRO's tau, value network and learning rates                   3 seeds
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
 
 from experiments import cells
-from train import Config
+from train import Config, command_line
 
 COLUMNS = (
     "policy_reward reference_reward best_of_8_reward win_rate kl efficiency ood_policy_reward ood_reference_reward "
@@ -40,6 +42,21 @@ DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective
 DRO_POOLS = {
     f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3} for row, settings in DRO_ROWS.items()
 }
+TRIED = """
+--lr 2e-3
+--lr 2e-4
+--lr 1e-4 --value-lr 5e-4
+--sample-temperature 1.4
+--clip 10 --candidates 32
+--clip 10 --candidates 32 --optimizer adafactor --lr 1e-3
+--clip 10 --candidates 32 --reference-lr 2e-3
+--behaviour reference --evolve 5
+--behaviour reference --evolve 5 --candidates 32 --lr 1e-3 --sample-temperature 1.25
+--behaviour reference --evolve 5 --candidates 32 --lr 1e-3 --sample-temperature 1.5
+--behaviour reference --evolve 8 --candidates 32 --lr 1e-3 --steps 1600
+--evolve 5
+--evolve 10 --lr 1e-3
+--evolve 16 --candidates 16 --lr 1e-3 --steps 1200"""
 KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto")
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
@@ -70,6 +87,16 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
     "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
     "dro-t5": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
     "dro-logged": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, evolve=0)),
+    "dro-tried": (
+        DRO,
+        1,
+        {
+            f"`{row}`" if row else "defaults": dataclasses.asdict(
+                command_line(f"--objective dro --tau 0.5 {row}".split())
+            )
+            for row in TRIED.split("\n")
+        },
+    ),
     "dro-ablations": (
         DRO,
         3,
@@ -112,7 +139,7 @@ def table(name: str, results: dict) -> str:
 
 def main(name: str, jobs: int = 0) -> None:
     _, seeds, rows = TABLES[name]
-    configs = [(row, Config(**settings, seed=seed)) for row, settings in rows.items() for seed in range(seeds)]
+    configs = [(row, Config(**{**settings, "seed": seed})) for row, settings in rows.items() for seed in range(seeds)]
     metrics = cells.run([c for _, c in configs], jobs)
     results = {row: [m for (other, _), m in zip(configs, metrics) if other == row] for row in rows}
     Path("results").mkdir(exist_ok=True)
