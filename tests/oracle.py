@@ -99,6 +99,49 @@ def kto_loss(ratios, desirable, mismatched, beta):
     )
 
 
+def dpo_loss(chosen, rejected, beta):
+    """One pair of log-ratios."""
+    return np.log(1 + np.exp(-beta * (chosen - rejected)))
+
+
+def ipo_loss(chosen, rejected, beta):
+    return (chosen - rejected - 0.5 / beta) ** 2
+
+
+def slic_loss(chosen, rejected, delta):
+    """One pair of log-probabilities."""
+    return max(0.0, delta - chosen + rejected)
+
+
+def ranked(r):
+    """Indices from best to worst, equal ones as they stand."""
+    return sorted(range(len(r)), key=lambda j: -r[j])
+
+
+def plackett_luce_loss(ratios, r, beta):
+    """The best is drawn first, then the best of the rest, and so on: minus the log of the product of these odds."""
+    order, p = ranked(r), 1.0
+    while order:
+        p *= np.exp(beta * ratios[order[0]]) / sum(np.exp(beta * ratios[j]) for j in order)
+        order = order[1:]
+    return -np.log(p)
+
+
+def rrhf_loss(s, lengths, r):
+    p = np.asarray(s, float) / np.asarray(lengths)
+    return sum(max(0.0, p[i] - p[j]) for i in range(len(r)) for j in range(len(r)) if r[i] < r[j])
+
+
+def pro_loss(s, lengths, r):
+    order, loss = ranked(r), 0.0
+    p, r = (np.asarray(s, float) / np.asarray(lengths))[order], np.asarray(r, float)[order]
+    for k in range(len(r) - 1):
+        inverse = [r[k] - r[i] for i in range(k + 1, len(r))]
+        own = np.exp(max(inverse) * p[k])
+        loss -= np.log(own / (own + sum(np.exp(t * p[i]) for t, i in zip(inverse, range(k + 1, len(r))))))
+    return loss
+
+
 def kl(p, q):
     return sum(a * np.log(a / b) for a, b in zip(p, q) if a > 0)
 

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import oracle
 import pytest
 import torch
 
 import baselines
+import lire
 
 L, GOOD, MISMATCHED = (0.5, -0.8, 1.2, 0.1), (True, False, True, False), (-0.4, 0.9, 0.2, 0.1)
 
@@ -69,3 +71,175 @@ def test_kto_refuses_shapes_that_would_broadcast_and_labels_that_are_no_bools():
 def test_kto_computes_half_precision_in_float32():
     loss = kto(dtype=torch.bfloat16, ref=0.0)
     assert loss.dtype == torch.float32
+
+
+# pairs
+
+
+def pairs(*ratios, dtype=torch.float64):
+    """Chosen and rejected log-probs and those of the reference, for (chosen, rejected) log-ratios."""
+    chosen, rejected = (torch.tensor(x, dtype=dtype) for x in zip(*ratios))
+    return chosen - 3, rejected - 4, torch.full_like(chosen, -3), torch.full_like(chosen, -4)
+
+
+RATIOS = (0.7, -0.4), (-1.3, 0.2), (0.0, 0.0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("name", ["dpo_loss", "ipo_loss"])
+def test_pair_losses_equal_the_oracle_and_finite_differences(name, beta):
+    loss, judge = getattr(baselines, name), getattr(oracle, name)
+    assert loss(*pairs(*RATIOS), beta).tolist() == pytest.approx([judge(a, b, beta) for a, b in RATIOS], abs=1e-12)
+    chosen, rejected, *ref = pairs(*RATIOS)
+    chosen.requires_grad_(), rejected.requires_grad_()
+    loss(chosen, rejected, *ref, beta).sum().backward()
+    for (a, b), up, down in zip(RATIOS, chosen.grad.tolist(), rejected.grad.tolist()):
+        expected = oracle.finite_differences(lambda x: judge(x[0], x[1], beta), [a, b])
+        assert [up, down] == pytest.approx(expected.tolist(), abs=1e-8)
+
+
+def test_dpo_at_no_margin_is_log_2_and_its_pull_fades_where_the_pair_is_ordered():
+    assert baselines.dpo_loss(*pairs((0.0, 0.0)), 0.3).item() == pytest.approx(math.log(2))
+    chosen, *rest = pairs((0.0, 0.0), (40.0, 0.0), (-40.0, 0.0))
+    chosen.requires_grad_()
+    baselines.dpo_loss(chosen, *rest, 1.0).sum().backward()
+    assert chosen.grad.tolist() == pytest.approx([-1 / 2, -1 / (1 + math.exp(40)), -1], abs=1e-12)
+
+
+def test_ipo_is_zero_at_its_margin_and_pulls_back_beyond_it():
+    chosen, *rest = pairs((5.0, 0.0), (6.0, 0.0), (4.0, 0.0))
+    chosen.requires_grad_()
+    loss = baselines.ipo_loss(chosen, *rest, 0.1)  # margin 1 / (2 * 0.1) = 5
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0, 1, 1]) and chosen.grad.tolist() == pytest.approx([0, 2, -2])
+
+
+def test_slic_is_a_hinge_on_sums_without_a_reference():
+    chosen, rejected = torch.tensor([-2.0, -2.0, -9.0]), torch.tensor([-2.5, -9.0, -2.0])
+    assert baselines.slic_loss(chosen, rejected).tolist() == [0.5, 0.0, 8.0]
+    judged = [oracle.slic_loss(a, b, 2.5) for a, b in zip(chosen.tolist(), rejected.tolist())]
+    assert baselines.slic_loss(chosen, rejected, 2.5).tolist() == pytest.approx(judged)
+
+
+@pytest.mark.parametrize("name", ["dpo_loss", "ipo_loss"])
+def test_pair_losses_refuse_other_shapes_and_strengths(name):
+    loss, good = getattr(baselines, name), pairs(*RATIOS)
+    for beta in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="beta must be positive"):
+            loss(*good, beta)
+    for k in range(4):
+        with pytest.raises(ValueError, match=r"expected \[N\]"):
+            loss(*(t[:, None] if i == k else t for i, t in enumerate(good)), 1.0)
+
+
+def test_slic_refuses_other_shapes_and_margins():
+    with pytest.raises(ValueError, match="delta must be positive"):
+        baselines.slic_loss(torch.zeros(2), torch.zeros(2), 0.0)
+    with pytest.raises(ValueError, match=r"expected \[N\]"):
+        baselines.slic_loss(torch.zeros(2), torch.zeros(2, 1))
+
+
+# lists
+
+LISTS = [  # log-probs, reference log-probs, lengths, rewards: five lists of 1 to 5, a tie in two of them
+    ((-3.0, -5.0, -1.0), (-2.5, -5.5, -4.0), (3, 2, 4), (0.1, 2.0, -1.0)),
+    ((-3.0,), (-2.0,), (2,), (1.0,)),
+    ((-6.0, -2.0), (-5.0, -3.0), (5, 1), (1.0, 3.0)),
+    ((-1.0, -2.2, -3.9, -4.0, -5.0), (-2.0,) * 5, (1, 2, 3, 1, 7), (0.0, 0.5, 0.5, 2.0, 1.0)),
+    ((-4.0, -2.0), (-4.0, -4.0), (2, 2), (1.0, 1.0)),
+]
+JUDGES = {
+    "plackett_luce_loss": lambda s, ref, n, r: oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.7),
+    "rrhf_loss": lambda s, ref, n, r: oracle.rrhf_loss(s, n, r),
+    "pro_loss": lambda s, ref, n, r: oracle.pro_loss(s, n, r),
+}
+
+
+def padded(padding=0.0, dtype=torch.float64):
+    """(logps, ref_logps, lengths, rewards [5, 6], mask), padding in the slots that are not real."""
+    mask = torch.tensor([[j < len(row[0]) for j in range(6)] for row in LISTS])
+    fill = lambda row: list(row) + [padding] * (6 - len(row))
+    return *(torch.tensor([fill(row[k]) for row in LISTS], dtype=dtype) for k in range(4)), mask
+
+
+def list_loss(name, logps, ref_logps, lengths, rewards, mask):
+    if name == "plackett_luce_loss":
+        return baselines.plackett_luce_loss(logps, ref_logps, rewards, mask, 0.7)
+    return getattr(baselines, name)(logps, lengths, rewards, mask)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, -1e9, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", JUDGES)
+def test_list_losses_and_gradients_equal_the_oracle_whatever_the_padding_holds(name, padding):
+    logps, *rest = padded(padding)
+    logps.requires_grad_()
+    loss = list_loss(name, logps, *rest)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([JUDGES[name](*row) for row in LISTS], abs=1e-10)
+    for row, grad in zip(LISTS, logps.grad):
+        expected = oracle.finite_differences(lambda s, rest=row[1:]: JUDGES[name](s, *rest), row[0])
+        assert grad[: len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-7)
+        assert not grad[len(expected) :].any()
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_list_losses_follow_the_candidates_wherever_they_stand(name):
+    *tensors, mask = padded()
+    order = torch.tensor([5, 4, 3, 2, 0, 1])
+    plain, moved = (list_loss(name, *(t[:, o] for t in (*tensors, mask))) for o in (torch.arange(6), order))
+    unlike = [len(set(row[3])) == len(row[3]) for row in LISTS]  # ties are ranked as they stand
+    assert moved[unlike].tolist() == pytest.approx(plain[unlike].tolist())
+
+
+def test_plackett_luce_of_two_is_dpo_and_of_equals_is_the_number_of_orders():
+    s, ref = torch.tensor([[-3.0, -5.0]]), torch.tensor([[-2.5, -5.5]])
+    both = torch.ones(1, 2, dtype=torch.bool)
+    pair = baselines.dpo_loss(s[:, 1], s[:, 0], ref[:, 1], ref[:, 0], 0.7)
+    assert baselines.plackett_luce_loss(s, ref, torch.tensor([[0, 9]]), both, 0.7).tolist() == pytest.approx(
+        pair.tolist()
+    )
+    zeros = torch.zeros(1, 5)
+    equal = baselines.plackett_luce_loss(zeros, zeros, torch.arange(5)[None], zeros == 0, 1.0)
+    assert equal.item() == pytest.approx(math.log(math.factorial(5)), rel=1e-6)
+
+
+def test_plackett_luce_is_finite_where_log_ratios_are_huge():
+    logps = torch.tensor([[-2000.0, -5.0, 0.0]], requires_grad=True)
+    baselines.plackett_luce_loss(logps, logps.detach() * 0, torch.arange(3)[None], logps == logps, 5.0).sum().backward()
+    assert logps.grad.isfinite().all()
+
+
+def test_rrhf_and_pro_divide_by_the_lengths_and_do_nothing_for_a_single_response():
+    one = torch.ones(1, 1, dtype=torch.bool)
+    for loss in (baselines.rrhf_loss, baselines.pro_loss):
+        assert loss(torch.tensor([[-4.0]]), torch.tensor([[3]]), torch.tensor([[1.0]]), one).item() == 0
+    two = torch.ones(1, 2, dtype=torch.bool)
+    s, r = torch.tensor([[-4.0, -6.0]]), torch.tensor([[0.0, 2.0]])
+    assert baselines.rrhf_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(-1 + 2)
+    assert baselines.rrhf_loss(s, torch.tensor([[2, 3]]), r, two).item() == 0  # -2 a token each: a tie costs nothing
+    assert baselines.pro_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(
+        math.log(1 + math.exp(2 * (2 - 1)))
+    )
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_list_losses_refuse_other_shapes_and_masks(name):
+    good = padded()
+    for k in (0, 3, 4):
+        with pytest.raises(ValueError, match=r"expected \[B, M\]"):
+            list_loss(name, *(t[:, :1] if i == k else t for i, t in enumerate(good)))
+    with pytest.raises(ValueError, match="bool mask"):
+        list_loss(name, *good[:4], good[4].float())
+
+
+def test_half_precision_is_computed_in_float32():
+    for name in JUDGES:
+        assert list_loss(name, *padded(dtype=torch.bfloat16)[:4], padded()[4]).dtype == torch.float32
+    assert baselines.dpo_loss(*pairs(*RATIOS, dtype=torch.bfloat16), 1.0).dtype == torch.float32
+
+
+def test_minimum_risk_training_is_lire():
+    """Shen et al. 2016: the risk 1 - reward, sharpness alpha = 1 / T."""
+    s, r, T = torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64), torch.tensor([[0.2, 1.0, 0.5]]).double(), 2.0
+    risk = oracle.mrt_risk(s[0].exp().numpy(), 1 - r[0].numpy(), 1 / T)
+    assert lire.lire_loss(s, r, s == s, T).item() + 1 == pytest.approx(risk)
