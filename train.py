@@ -40,7 +40,7 @@ import model as models
 class Config:
     """Everything a run depends on. Every field is an option of the command line: `sft_weight` is --sft-weight."""
 
-    objective: str = "lire"  # lire, dro, dro-p, kto, or sft: train and save the reference alone
+    objective: str = "lire"  # lire, dro, dro-p, dpo, ipo, pl-dpo, kto, rrhf, slic, pro, or sft: just the reference
     task: str = "dialogue"  # synthetic task: dialogue, summary or tiny
     data: list[str] = field(default_factory=list)  # files of preference lists instead of a task (.jsonl, .jsonl.gz)
     eval_data: list[str] = field(default_factory=list)  # held-out lists; without it 10 % of the prompts of --data
@@ -58,14 +58,15 @@ class Config:
     candidates: int | None = None  # M: sampled for each prompt, default 8; of a file's lists the first M, default all
     behaviour: str = "policy"  # who answers in the pools: policy, reference, or uniform (tiny: any response)
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = None  # rounds, each with a new pool; default 5 for lire, else 1; 0 for files: their own lists
+    evolve: int | None = None  # rounds, each with a new pool; default 5, for files 0: their own lists
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
     reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire, global for dro
-    sft_weight: float = 0.1  # weight of the SFT term on the best candidate (lire)
+    sft_weight: float | None = None  # weight of the SFT term on the best candidate: lire, rrhf, slic, pro
     tau: float = 1.0  # DRO's KL strength, in units of the normalised reward
-    beta: float = 5.0  # KTO's KL strength
+    beta: float | None = None  # KL strength of dpo, ipo, pl-dpo and kto
+    pairs: str = "best-worst"  # dpo, ipo, slic: best against worst of a list, or all pairs of unlike reward
     desirable: str | None = None  # KTO: above the batch's mean, or positive: above 0 (default for thumbs)
     value: str = "prompt"  # DRO's V: one for each prompt, or one for the batch
     value_lr: float | None = None  # peak learning rate of the value network; default lr
@@ -100,11 +101,15 @@ CHOICES = {
     "score": ("sum", "mean"),
     "reward_norm": ("softmax", "list-zscore", "global", "none"),
     "desirable": (None, "mean", "positive"),
+    "pairs": ("best-worst", "all"),
     "value": ("prompt", "batch"),
     "optimizer": ("adamw", "adafactor"),
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("float32", "bfloat16"),
 }
+LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
+STRENGTH = {"dpo": 0.1, "ipo": 0.1, "pl-dpo": 0.1, "kto": 5.0}  # default beta
+SFT_WEIGHT = {"lire": 0.1, "rrhf": 1.0, "slic": 0.1, "pro": 0.05}  # default weight of the SFT term
 POSITIVE = (
     "layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
     "tau beta value_lr clip eval_prompts eval_samples eval_every"
@@ -118,9 +123,13 @@ def resolve(config: Config) -> Config:
     c.reference_steps = c.reference_steps if c.reference_steps is not None else 300 if files else 600
     if c.reference_lr is None:  # copying out of a post of 70 tokens is learnt sooner at half the rate
         c.reference_lr = 2e-3 if c.task == "summary" and not files else 4e-3
-    c.evolve = c.evolve if c.evolve is not None else 0 if files else 5 if c.objective == "lire" else 1
+    c.evolve = c.evolve if c.evolve is not None else 0 if files else 5
     c.candidates = 8 if c.candidates is None and not files else c.candidates
-    c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global"}.get(c.objective, "none")
+    c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global", "pro": "global"}.get(
+        c.objective, "none"
+    )
+    c.beta = STRENGTH.get(c.objective, 1.0) if c.beta is None else c.beta
+    c.sft_weight = SFT_WEIGHT.get(c.objective, 0.0) if c.sft_weight is None else c.sft_weight
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise ConfigError(
@@ -146,10 +155,8 @@ def resolve(config: Config) -> Config:
         raise ConfigError("--behaviour uniform draws from all responses there are, which only --task tiny can name")
     if c.behaviour != "policy" and not c.evolve:
         raise ConfigError(f"--behaviour {c.behaviour} is about sampled pools, and --evolve 0 samples none")
-    if c.objective in ("dro", "dro-p", "kto") and c.reward_norm not in ("global", "none"):
-        raise ConfigError(
-            f"--reward-norm {c.reward_norm} compares within a list: --objective {c.objective} takes global or none"
-        )
+    if c.objective in ("dro", "dro-p", "kto", *LISTS[1:]) and c.reward_norm not in ("global", "none"):
+        raise ConfigError(f"--reward-norm {c.reward_norm} is LIRE's: --objective {c.objective} takes global or none")
     if c.objective == "kto" and c.batch_size < 2:
         raise ConfigError("--objective kto compares the prompts of a batch: --batch-size must be at least 2, got 1")
     if c.share_networks and c.value_lr is not None:
@@ -158,9 +165,9 @@ def resolve(config: Config) -> Config:
         raise ConfigError(f"--optimizer adafactor needs torch 2.5 or newer, this is {torch.__version__}")
     if c.eval_data and not files:
         raise ConfigError("--eval-data goes with --data")
-    if c.objective == "lire" and c.candidates is not None and c.candidates < 2:
+    if c.objective in LISTS and c.candidates is not None and c.candidates < 2:
         raise ConfigError(
-            f"--objective lire compares the candidates of a list: --candidates must be at least 2, got {c.candidates}"
+            f"--objective {c.objective} compares the candidates of a list: --candidates must be at least 2, got {c.candidates}"
         )
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this torch sees no CUDA GPU")
@@ -277,12 +284,12 @@ def make_world(c: Config) -> World:
                 f"{', '.join(c.data)}: {len(records)} lists to train on and {len(eval_records)} held out, expected some of "
                 "both: give more lists, or held-out ones with --eval-data"
             )
-        if c.objective == "lire" and all(len(r["responses"]) < 2 for r in records):
+        if c.objective in LISTS and all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
-                "--objective lire compares the candidates of a list, and every list here has a single response: it can't learn "
-                "(--objective dro and kto can)"
+                f"--objective {c.objective} compares the candidates of a list, and every list here has a single response: it can't "
+                "learn (--objective dro and kto can)"
             )
-        if c.objective == "lire" and not any(len(set(r["rewards"][: c.candidates])) > 1 for r in records):
+        if c.objective in LISTS and not any(len(set(r["rewards"][: c.candidates])) > 1 for r in records):
             raise ConfigError(
                 "no list has two responses of unlike reward: there is nothing to compare, and nothing to learn"
             )
@@ -529,9 +536,9 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
     rewards = lire.transform_rewards(
         batch.rewards, mask, {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm)
     )
+    sft = c.sft_weight * lire.sft_loss(logps, lengths, batch.rewards, mask) if c.sft_weight else 0.0  # [B]
     if c.objective == "lire":
-        loss = lire.lire_loss(listwise_scores(c, logps, batch), rewards, mask, c.temperature)
-        return loss + c.sft_weight * lire.sft_loss(logps, lengths, batch.rewards, mask) if c.sft_weight else loss
+        return lire.lire_loss(listwise_scores(c, logps, batch), rewards, mask, c.temperature) + sft
     if c.objective == "dro":
         values = values[:, None].expand_as(mask)[mask]  # every response counts once, and has its prompt's value
         policy, value = dro.dro_v_losses(logps[mask], batch.ref_logps[mask], rewards[mask], values, c.tau)
@@ -545,16 +552,45 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
         return loss * (
             len(earned) > 1 or c.desirable == "positive"
         )  # a single response is neither above nor below its mean
+    if c.objective in ("dpo", "ipo", "slic"):
+        of_list, chosen, rejected = preference_pairs(c, batch)  # [N] each
+        if not len(of_list):  # every list of the batch is a tie
+            return logps.sum(-1) * 0
+        pair, ref_pair = ([x[of_list, j] for j in (chosen, rejected)] for x in (logps, batch.ref_logps))
+        if c.objective == "slic":
+            return {"loss/rank": baselines.slic_loss(*pair), **({"loss/sft": sft} if c.sft_weight else {})}
+        loss = baselines.dpo_loss if c.objective == "dpo" else baselines.ipo_loss
+        return loss(*pair, *ref_pair, c.beta)
+    if c.objective == "pl-dpo":
+        return baselines.plackett_luce_loss(logps, batch.ref_logps, rewards, mask, c.beta)
+    if c.objective == "rrhf":
+        return baselines.rrhf_loss(logps, lengths, rewards, mask) + sft
+    if c.objective == "pro":
+        return baselines.pro_loss(logps, lengths, rewards, mask) + (mask.sum(-1) - 1) ** 2 * sft
     if c.objective == "sft":  # the reference is all there is to train
         return -logps.sum(-1) / lengths.sum(-1)
     raise ConfigError(
-        f"--objective {c.objective!r} is unknown: compute_loss in train.py knows lire, dro, dro-p, kto and sft"
+        f"--objective {c.objective!r} is unknown: compute_loss in train.py knows lire, dro, dro-p, "
+        "dpo, ipo, pl-dpo, kto, rrhf, slic, pro and sft"
     )
 
 
 def listwise_scores(c: Config, logps, batch):
     """What LIRE's softmax compares [B, M]: log-probs, or their mean over tokens."""
     return logps / batch.response_mask.sum(-1).clamp_min(1) if c.score == "mean" else logps
+
+
+def preference_pairs(c: Config, batch):
+    """Indices [N] of list, chosen and rejected candidate: best against worst of every list, or all pairs of unlike reward."""
+    mask, rewards = batch.candidate_mask, batch.rewards
+    better = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # [B, chosen, rejected]
+    if c.pairs == "best-worst":
+        best = rewards.masked_fill(~mask, -torch.inf).argmax(-1)
+        worst = rewards.masked_fill(~mask, torch.inf).argmin(-1)
+        rows = torch.arange(len(mask), device=mask.device)
+        rows = rows[better[rows, best, worst]]
+        return rows, best[rows], worst[rows]
+    return better.nonzero(as_tuple=True)
 
 
 def try_objective(c: Config) -> None:
@@ -576,7 +612,7 @@ def total(losses):
 def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     """What is logged of a step: the names TRL uses where the meaning is the same. Best and worst candidate for chosen, rejected."""
     mask, rewards = batch.candidate_mask, batch.rewards
-    strength = {"dro": c.tau, "dro-p": c.tau, "kto": c.beta}.get(c.objective, 1.0)
+    strength = c.tau if c.objective in ("dro", "dro-p") else c.beta if c.objective in STRENGTH else 1.0
     implied = strength * (logps - batch.ref_logps)  # [B, M]
     m = {name: part.mean() for name, part in losses.items()} if isinstance(losses, dict) else {}
     if mask.sum(-1).max() > 1:
@@ -972,7 +1008,7 @@ def make_pool(c: Config, world: World, state: State, reference, examples: list, 
     ]
     if not pool:
         return []
-    if c.objective == "lire" and (single := sum(len(e.response_ids) < 2 for e in pool)):
+    if c.objective in LISTS and (single := sum(len(e.response_ids) < 2 for e in pool)):
         pool = [e for e in pool if len(e.response_ids) > 1]
         print(f"{single} lists of a single response are left out: there is nothing to compare in them")
     if world.task:

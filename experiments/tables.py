@@ -38,7 +38,7 @@ def of(rows: dict, **common) -> dict:
     return {row: {**common, **settings} for row, settings in rows.items()}
 
 
-DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro")
+DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1)
 DRO_POOLS = {
     f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3} for row, settings in DRO_ROWS.items()
 }
@@ -57,7 +57,7 @@ TRIED = """
 --evolve 5
 --evolve 10 --lr 1e-3
 --evolve 16 --candidates 16 --lr 1e-3 --steps 1200"""
-KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto")
+KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto", evolve=1)
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
     "sft": (COLUMNS, 5, {"defaults (sft_weight 0.1)": {}, "sft_weight 0": {"sft_weight": 0.0}}),
@@ -86,13 +86,13 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
     ),
     "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
     "dro-t5": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
-    "dro-logged": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, evolve=0)),
+    "dro-logged": (DRO, 3, {row: {**settings, "evolve": 0} for row, settings in {**DRO_ROWS, **KTO_ROWS}.items()}),
     "dro-tried": (
         DRO,
         1,
         {
             f"`{row}`" if row else "defaults": dataclasses.asdict(
-                command_line(f"--objective dro --tau 0.5 {row}".split())
+                command_line(f"--objective dro --tau 0.5 --evolve 1 {row}".split())
             )
             for row in TRIED.split("\n")
         },
@@ -111,6 +111,7 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
             },
             objective="dro",
             tau=0.5,
+            evolve=1,
         ),
     ),
     "shuffled": (COLUMNS, 3, {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}),

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import baselines
+import data
 import lire
+import train
 
 L, GOOD, MISMATCHED = (0.5, -0.8, 1.2, 0.1), (True, False, True, False), (-0.4, 0.9, 0.2, 0.1)
 
@@ -243,3 +245,86 @@ def test_minimum_risk_training_is_lire():
     s, r, T = torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64), torch.tensor([[0.2, 1.0, 0.5]]).double(), 2.0
     risk = oracle.mrt_risk(s[0].exp().numpy(), 1 - r[0].numpy(), 1 / T)
     assert lire.lire_loss(s, r, s == s, T).item() + 1 == pytest.approx(risk)
+
+
+# in the run
+
+
+def batch_of(rewards, mask=None):
+    """A batch of lists with made-up log-probs, their reference and lengths of 1 to 5 tokens."""
+    g, rewards = torch.Generator().manual_seed(7), torch.tensor(rewards)
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else torch.tensor(mask)
+    (B, M), lengths = rewards.shape, torch.randint(1, 6, rewards.shape, generator=g)
+    ids, tokens = torch.ones(B, M, 5, dtype=torch.long), torch.arange(5) < lengths[..., None]
+    logps, ref_logps = -3 * torch.rand(2, B, M, generator=g)
+    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, tokens & mask[..., None], mask, rewards, ref_logps)
+    return logps.requires_grad_(), batch
+
+
+def objective(name, logps, batch, **settings):
+    c = train.resolve(train.Config(objective=name, out="x", **settings))
+    return train.total(train.compute_loss(c, logps, batch))
+
+
+def row(logps, batch, b):
+    """List b: log-probs, reference's, lengths, rewards of its real candidates, as lists."""
+    keep = batch.candidate_mask[b]
+    return [x[b][keep].tolist() for x in (logps.detach(), batch.ref_logps, batch.response_mask.sum(-1), batch.rewards)]
+
+
+RAGGED = [[0.5, 2.0, 1.0], [3.0, 1.0, 9.0], [1.0, 1.0, 1.0]], [[True] * 3, [True, True, False], [True] * 3]
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "slic"])
+@pytest.mark.parametrize("pairs", ["best-worst", "all"])
+def test_pairs_of_a_list_are_best_against_worst_or_all_of_unlike_reward(name, pairs):
+    logps, batch = batch_of(*RAGGED)
+    all_pairs = [(0, 1, 0), (0, 1, 2), (0, 2, 0), (1, 0, 1)]  # list, chosen, rejected; the third list is a tie
+    expected = []
+    for b, i, j in all_pairs if pairs == "all" else [(0, 1, 0), (1, 0, 1)]:
+        s, ref, *_ = row(logps, batch, b)
+        if name == "slic":
+            expected.append(oracle.slic_loss(s[i], s[j], 1.0))
+        else:
+            expected.append(getattr(oracle, f"{name}_loss")(s[i] - ref[i], s[j] - ref[j], 0.3))
+    loss = objective(name, logps, batch, pairs=pairs, beta=0.3, sft_weight=0.0)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_a_batch_of_ties_teaches_the_pair_losses_nothing():
+    for name in ("dpo", "ipo"):
+        logps, batch = batch_of([[1.0, 1.0], [2.0, 2.0]])
+        objective(name, logps, batch).backward()
+        assert not logps.grad.any()
+
+
+def test_list_objectives_add_their_share_of_the_best_response():
+    logps, batch = batch_of(*RAGGED)
+    rows = [row(logps, batch, b) for b in range(3)]
+    best = [oracle.sft_loss(s, n, r) for s, _, n, r in rows]
+    rrhf = [oracle.rrhf_loss(s, n, r) + 1.0 * nll for (s, _, n, r), nll in zip(rows, best)]
+    pro = [oracle.pro_loss(s, n, r) + 0.05 * (len(s) - 1) ** 2 * nll for (s, _, n, r), nll in zip(rows, best)]
+    ranked = [oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.1) for s, ref, _, r in rows]
+    assert objective("rrhf", logps, batch).item() == pytest.approx(np.mean(rrhf), rel=1e-5)
+    assert objective("pro", logps, batch).item() == pytest.approx(np.mean(pro), rel=1e-5)
+    assert objective("pl-dpo", logps, batch).item() == pytest.approx(np.mean(ranked), rel=1e-5)
+    slic = objective("slic", logps, batch) - objective("slic", logps, batch, sft_weight=0.0)
+    assert slic.item() == pytest.approx(0.1 * np.mean(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
+def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
+    c = train.Config(
+        objective=name, task="tiny", layers=1, heads=2, width=32, reference_steps=30, steps=40, lr=3e-3, evolve=2, eval_every=40,
+        eval_prompts=16, eval_samples=16, out=str(tmp_path / "run"), device="cpu"
+    )  # fmt: skip
+    m = train.main(c)
+    assert m["train_policy_reward"] > m["train_reference_reward"] + 0.05
+
+
+@pytest.mark.parametrize("name", ["dpo", "rrhf"])
+def test_baselines_that_compare_refuse_single_responses_and_norms_of_lists(name):
+    with pytest.raises(train.ConfigError, match="candidates must be at least 2"):
+        train.resolve(train.Config(objective=name, candidates=1))
+    with pytest.raises(train.ConfigError, match="takes global or none"):
+        train.resolve(train.Config(objective=name, reward_norm="softmax"))
