@@ -1180,6 +1180,37 @@ def print_table(pairs, columns: int = 3) -> None:
         print("  ".join(cells[i::rows]).rstrip())
 
 
+def evaluate(c: Config, world: World, state: State, reference) -> tuple[dict, list]:
+    """The metrics of a finished run and its answers to held-out prompts (prompt, policy's, reference's responses).
+
+    Leaves the frontier of a task in frontier.json, the scores of the held-out lists of a file in heldout.jsonl.
+    """
+    policy, out = state.policy.eval(), Path(c.out)
+    choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
+    heldout = choose(world.heldout)
+    if world.task:
+        metrics, answers, picture = evaluate_task(c, world, policy, reference, heldout, "heldout", state)
+        save(json.dumps(picture), out / "frontier.json")
+        splits = {"ood": world.ood, "train": world.train if world.task.words else []}  # tiny: is what it learnt exact?
+        for split, examples in splits.items():
+            if examples:
+                found = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]
+                metrics |= {f"{split}_{k}": v for k, v in found.items()}
+        return finite(metrics), answers
+    rows = evaluate_lists(c, world, policy, reference)
+    save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
+    if not rows:
+        print("the held-out lists have a single response each: no list metrics")
+    lists, ratios = sampled_kl(c, world, policy, reference, heldout, 8, "final")
+    base = sample_lists(c, world, reference, heldout, 8, rng(c.seed, "final", device=c.device))
+    kls = ratios.mean(-1)  # [B]
+    metrics = {"kl": kls.mean().item(), "kl_se": standard_error(kls)} | {
+        f"{who}_length": sum(len(y) for ys in ls for y in ys) / ratios.numel()
+        for who, ls in (("policy", lists), ("reference", base))
+    }
+    return finite((list_metrics(rows) if rows else {}) | metrics), list(zip(heldout, lists, base))
+
+
 def main(config: Config) -> dict:
     """One whole run; see the top of this file. Returns the metrics, which are also in out/<run>/metrics.json.
 
@@ -1224,35 +1255,9 @@ def main(config: Config) -> dict:
     else:
         seconds |= train_policy(c, world, state, reference, parts)
 
-    began, policy = time.time(), state.policy.eval()
-    choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
-    heldout = choose(world.heldout)
-    if world.task:
-        metrics, answers, picture = evaluate_task(c, world, policy, reference, heldout, "heldout", state)
-        save(json.dumps(picture), out / "frontier.json")
-        splits = {"ood": world.ood} | (
-            {"train": world.train} if world.task.words else {}
-        )  # tiny: is what it was trained on exact?
-        for split, examples in splits.items():
-            found = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]
-            metrics |= {f"{split}_{k}": v for k, v in found.items()}
-    else:
-        rows = evaluate_lists(c, world, policy, reference)
-        save("".join(json.dumps(row) + "\n" for row in rows), out / "heldout.jsonl")
-        metrics = list_metrics(rows) if rows else {}
-        if not rows:
-            print("the held-out lists have a single response each: no list metrics")
-        lists, ratios = sampled_kl(c, world, policy, reference, heldout, 8, "final")
-        base = sample_lists(c, world, reference, heldout, 8, rng(c.seed, "final", device=c.device))
-        answers = list(zip(heldout, lists, base))
-        per_prompt = ratios.mean(-1)
-        metrics |= {"kl": per_prompt.mean().item(), "kl_se": standard_error(per_prompt)}
-        metrics |= {
-            f"{who}_length": sum(len(y) for ys in ls for y in ys) / ratios.numel()
-            for who, ls in (("policy", lists), ("reference", base))
-        }
+    began = time.time()
+    metrics, answers = evaluate(c, world, state, reference)
     seconds["evaluate"] = time.time() - began
-    metrics = finite(metrics)
     metrics |= {f"seconds_{k}": round(v, 1) for k, v in seconds.items()}
     kilobyte = 1024**2 if sys.platform == "darwin" else 1024  # macOS counts bytes
     metrics["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte)
