@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -183,7 +184,7 @@ def resolve(config: Config) -> Config:
 
 def free_folder(name: str) -> str:
     """out/<name>, or out/<name>-2 and so on where that holds a run already."""
-    folders = [Path("out") / name] + [Path("out") / f"{name}-{k}" for k in range(2, 10_000)]
+    folders = (Path("out") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
     return str(next(f for f in folders if not (f / "config.json").exists()))
 
 
