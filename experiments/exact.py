@@ -27,13 +27,12 @@ import model as models
 import train
 from train import Config
 
-BATCH, STEPS = 128, 2500
+BATCH, STEPS, LR = 128, {"gpt": 2000, "t5": 3000}, {"gpt": 4e-3, "t5": 2e-3}
 SETTINGS = {
     "task": "tiny",
     "objective": "dro",
     "width": 64,
     "reference_steps": 50,
-    "lr": 4e-3,
     "value_lr": 2e-3,
     "clip": 10.0,
     "device": "cpu",
@@ -55,12 +54,13 @@ def full_support(generator, B: int) -> torch.Tensor:
     return first + (torch.rand(length.shape, generator=generator) * number).long()
 
 
-def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0, steps: int = STEPS) -> dict:
+def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -> dict:
     """Train one case on one thread. Returns: {"kl": KL(pi*, pi), "kl_before": KL(pi*, reference), "value_error", "seconds"}."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    steps = STEPS[model]
     began, losses = time.time(), dro.dro_v_losses if coefficient == "tau/2" else with_the_printed_coefficient
-    c = train.resolve(Config(model=model, tau=tau, seed=seed, **SETTINGS))
+    c = train.resolve(Config(model=model, tau=tau, seed=seed, lr=LR[model], **SETTINGS))
     world = train.make_world(c)
     with contextlib.redirect_stdout(io.StringIO()):
         reference = train.train_reference(c, world).eval()
