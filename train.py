@@ -63,7 +63,7 @@ class Config:
     iterate: int = 1  # Iterate passes over the pool of a round
     temperature: float = 2.0  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
-    reward_norm: str | None = None  # softmax, list-zscore, global or none; default softmax for lire, global for dro
+    reward_norm: str | None = None  # softmax, list-zscore, global, none; default softmax: lire, global: dro, pro
     sft_weight: float | None = None  # weight of the SFT term on the best candidate: lire, rrhf, slic, pro
     tau: float = 1.0  # DRO's KL strength, in units of the normalised reward
     beta: float | None = None  # KL strength of dpo, ipo, pl-dpo and kto
@@ -111,6 +111,19 @@ CHOICES = {
 LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
 STRENGTH = {"dpo": 0.1, "ipo": 0.1, "pl-dpo": 0.1, "kto": 5.0}  # default beta
 SFT_WEIGHT = {"lire": 0.1, "rrhf": 1.0, "slic": 0.1, "pro": 0.05}  # default weight of the SFT term
+OWN = {  # options that only some objectives read
+    "tau": ("dro", "dro-p"),
+    "beta": STRENGTH,
+    "temperature": ("lire",),
+    "score": ("lire",),
+    "sft_weight": SFT_WEIGHT,
+    "pairs": ("dpo", "ipo", "slic"),
+    "desirable": ("kto",),
+    "value": ("dro",),
+    "value_lr": ("dro",),
+    "share_networks": ("dro",),
+}
+OBJECTIVES = (*LISTS, "dro", "dro-p", "kto", "sft")
 POSITIVE = (
     "layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
     "tau beta value_lr clip eval_prompts eval_samples eval_every"
@@ -120,6 +133,11 @@ POSITIVE = (
 def resolve(config: Config) -> Config:
     """Fill in the defaults that depend on other settings, and refuse impossible values with one line."""
     c, files = dataclasses.replace(config), bool(config.data)
+    for name, owners in OWN.items():
+        if c.objective in OBJECTIVES and c.objective not in owners and getattr(c, name) != getattr(Config, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is an option of {', '.join(owners)}: --objective {c.objective} does not read it"
+            )
     c.vocab_size = c.vocab_size if c.vocab_size is not None else 1024 if files else 512
     c.reference_steps = c.reference_steps if c.reference_steps is not None else 300 if files else 600
     if c.reference_lr is None:  # copying out of a post of 70 tokens is learnt sooner at half the rate
@@ -129,8 +147,8 @@ def resolve(config: Config) -> Config:
     c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global", "pro": "global"}.get(
         c.objective, "none"
     )
-    c.beta = STRENGTH.get(c.objective, 1.0) if c.beta is None else c.beta
-    c.sft_weight = SFT_WEIGHT.get(c.objective, 0.0) if c.sft_weight is None else c.sft_weight
+    c.beta = STRENGTH.get(c.objective) if c.beta is None else c.beta
+    c.sft_weight = SFT_WEIGHT.get(c.objective) if c.sft_weight is None else c.sft_weight
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise ConfigError(
@@ -158,8 +176,12 @@ def resolve(config: Config) -> Config:
         raise ConfigError(f"--behaviour {c.behaviour} is about sampled pools, and --evolve 0 samples none")
     if c.objective in ("dro", "dro-p", "kto", *LISTS[1:]) and c.reward_norm not in ("global", "none"):
         raise ConfigError(f"--reward-norm {c.reward_norm} is LIRE's: --objective {c.objective} takes global or none")
-    if c.objective == "kto" and c.batch_size < 2:
-        raise ConfigError("--objective kto compares the prompts of a batch: --batch-size must be at least 2, got 1")
+    if c.objective in ("kto", "dro-p") and c.batch_size < 2:
+        raise ConfigError(
+            f"--objective {c.objective} compares the responses of a batch: --batch-size must be at least 2, got 1"
+        )
+    if c.objective == "kto" and c.desirable == "positive" and c.reward_norm == "global":
+        raise ConfigError("--desirable positive is about the rewards as they are: leave --reward-norm global away")
     if c.share_networks and c.value_lr is not None:
         raise ConfigError("--value-lr is of a value network of its own: leave it or --share-networks away")
     if c.optimizer == "adafactor" and not hasattr(torch.optim, "Adafactor"):
@@ -327,20 +349,18 @@ def make_world(c: Config) -> World:
 
 
 def check_rewards(c: Config, rewards: list[float]) -> None:
-    """Raises: ConfigError where a file's rewards leave nothing to learn. Thumbs, up 1 and down -1, tell KTO what is desirable."""
-    if c.objective == "sft":
-        return
-    if max(rewards) == min(rewards) and c.objective != "kto":
+    """Refuse rewards that leave nothing to learn; a file of thumbs, up 1 and down -1, tells KTO what is desirable."""
+    if c.objective == "kto" and not c.desirable:
+        c.desirable = "positive" if c.data and set(rewards) <= {1.0, -1.0} else "mean"
+    if c.objective == "kto" and c.desirable == "positive":
+        good = sum(r > 0 for r in rewards)
+        if good in (0, len(rewards)):
+            raise ConfigError(
+                f"--objective kto needs desirable and undesirable responses, and none of these {len(rewards)} is "
+                f"{'undesirable' if good else 'desirable'}"
+            )
+    elif max(rewards) == min(rewards) and c.objective != "sft":
         raise ConfigError(f"every reward is {rewards[0]}: there is nothing to learn")
-    c.desirable = c.desirable or ("positive" if set(rewards) <= {1.0, -1.0} else "mean")
-    good = (
-        sum(r > 0 for r in rewards) if c.desirable == "positive" else len(rewards) * (max(rewards) > min(rewards)) / 2
-    )
-    if c.objective == "kto" and good in (0, len(rewards)):
-        kind = "undesirable" if good else "desirable"
-        raise ConfigError(
-            f"--objective kto needs desirable and undesirable responses, and none of these {len(rewards)} is {kind}"
-        )
 
 
 def new_model(c: Config, world: World):
@@ -547,23 +567,25 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
     if c.objective == "dro-p":
         return dro.dro_p_loss(logps[mask], batch.ref_logps[mask], rewards[mask], c.tau)
     if c.objective == "kto":
-        earned = batch.rewards[mask]
+        earned = batch.rewards[mask].double()
         desirable = earned > (0 if c.desirable == "positive" else earned.mean())
         loss = baselines.kto_loss(logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta)
-        return loss * (
-            len(earned) > 1 or c.desirable == "positive"
-        )  # a single response is neither above nor below its mean
+        contrast = earned.max() > earned.min() or c.desirable == "positive"
+        return loss * contrast  # where all earn the same, nobody is above the mean or below it
     if c.objective in ("dpo", "ipo", "slic"):
-        of_list, chosen, rejected = preference_pairs(c, batch)  # [N] each
-        if not len(of_list):  # every list of the batch is a tie
-            return logps.sum(-1) * 0
+        of_list, chosen, rejected = preference_pairs(c, batch)  # [N] each; a batch of ties has none
         pair, ref_pair = ([x[of_list, j] for j in (chosen, rejected)] for x in (logps, batch.ref_logps))
         if c.objective == "slic":
-            return {"loss/rank": baselines.slic_loss(*pair), **({"loss/sft": sft} if c.sft_weight else {})}
-        loss = baselines.dpo_loss if c.objective == "dpo" else baselines.ipo_loss
-        return loss(*pair, *ref_pair, c.beta)
-    if c.objective == "pl-dpo":
-        return baselines.plackett_luce_loss(logps, batch.ref_logps, rewards, mask, c.beta)
+            loss = baselines.slic_loss(*pair)
+        else:
+            loss = (baselines.dpo_loss if c.objective == "dpo" else baselines.ipo_loss)(*pair, *ref_pair, c.beta)
+        loss = loss if len(loss) else torch.where(mask, logps, 0.0).sum(-1) * 0
+        return {"loss/rank": loss, "loss/sft": sft} if c.objective == "slic" and c.sft_weight else loss
+    if c.objective == "pl-dpo":  # equal rewards have no order: a list of them alone teaches nothing
+        unlike = (
+            rewards.masked_fill(~mask, -torch.inf).amax(-1) > rewards.masked_fill(~mask, torch.inf).amin(-1)
+        ).float()
+        return unlike * baselines.plackett_luce_loss(logps, batch.ref_logps, rewards, mask, c.beta)
     if c.objective == "rrhf":
         return baselines.rrhf_loss(logps, lengths, rewards, mask) + sft
     if c.objective == "pro":
@@ -619,14 +641,15 @@ def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     if mask.sum(-1).max() > 1:
         best = rewards.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
         worst = rewards.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
-        chosen, rejected = implied.gather(-1, best), implied.gather(-1, worst)
+        unlike = rewards.gather(-1, best) > rewards.gather(-1, worst)  # of lists without a tie or a single response
+        chosen, rejected = (implied.gather(-1, x)[unlike] for x in (best, worst))
         m |= {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).float(),
-            "logps/chosen": logps.gather(-1, best),
-            "logps/rejected": logps.gather(-1, worst),
+            "logps/chosen": logps.gather(-1, best)[unlike],
+            "logps/rejected": logps.gather(-1, worst)[unlike],
         }
     if c.objective == "lire":
         P = lire.candidate_probs(listwise_scores(c, logps, batch), mask, c.temperature)
@@ -717,7 +740,7 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         "value_deviation": values.std(correction=0).item(),
         "reward_deviation": deviation.item(),
     }
-    if c.objective in ("dro", "dro-p") and state:
+    if c.objective in ("dro", "dro-p") and state and (state.statistics or c.reward_norm == "none"):
         found, picture_of_value = against_the_optimum(c, state, examples, log_b, log_w, normalised(state, pool_rewards))
         m, picture = m | found, picture | picture_of_value
         if not enumerated:  # the weights say too little about every single response
@@ -1015,6 +1038,12 @@ def make_pool(c: Config, world: World, state: State, reference, examples: list, 
     if world.task:
         for e in pool:
             e.rewards = rewarded(world, e.prompt, e.response_ids)
+    if not state.step and c.objective in (
+        "dro",
+        "dro-p",
+        "kto",
+    ):  # a later pool may be of one reward, the first may not
+        check_rewards(c, [r for e in pool for r in e.rewards])
     if c.reward_norm == "global":
         state.statistics = state.statistics or mean_and_deviation([r for e in pool for r in e.rewards])
         for e in pool:
@@ -1215,7 +1244,8 @@ def evaluate(c: Config, world: World, state: State, reference) -> tuple[dict, li
 def main(config: Config) -> dict:
     """One whole run; see the top of this file. Returns the metrics, which are also in out/<run>/metrics.json.
 
-    Raises: ConfigError, data.DataError with one line for the user, before anything is written; FloatingPointError where
+    Raises: ConfigError, data.DataError with one line for the user, before anything is written, but for a task whose first
+    pool has nothing to learn; FloatingPointError where
     training left the finite numbers (the last good checkpoint is kept).
     """
     from experiments import figures  # pictures are drawn from the files of a run, not by it

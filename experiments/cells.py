@@ -35,8 +35,7 @@ def folder_of(config: train.Config) -> Path:
 
 
 def run_one(config: train.Config) -> dict:
-    """Run a cell on one thread, its output in out/cells/<hash>.log; returns its metrics."""
-    torch.set_num_threads(1)
+    """Run a cell, its output in out/cells/<hash>.log; returns its metrics."""
     folder = folder_of(config)
     if not (folder / "metrics.json").exists():
         resume = str(folder) if (folder / "config.json").exists() else ""
@@ -57,7 +56,7 @@ def run(cells: list[train.Config], jobs: int = 0) -> list[dict]:
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done already", flush=True)
     jobs, began = jobs or os.cpu_count() or 1, time.time()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
         for n, done in enumerate(concurrent.futures.as_completed([pool.submit(run_one, c) for c in todo]), 1):
             done.result()
             print(f"cell {n}/{len(todo)}  {(time.time() - began) / n * (len(todo) - n) / 60:.0f} min left", flush=True)

@@ -74,6 +74,8 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
     """
     folders = {row: cells.folder_of(c) for row, c in configs.items()}
     alive = {row: f for row, f in folders.items() if "failed" not in json.loads((f / "metrics.json").read_text())}
+    if not alive:
+        raise train.ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     c = train.resolve(next(iter(configs.values())))
     world, n = train.make_world(c), c.eval_samples
     examples = getattr(world, split)
@@ -100,15 +102,21 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
     for k, row in enumerate(alive, 1):
         f = dro.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
         m = own_metrics(lists[k], logps[k], logps[0], rewards, k, n)
-        m |= {"efficiency": f.efficiency if m["kl"] >= 0.05 else None, "efficiency_se": f.efficiency_se}
+        usable = m["kl"] >= 0.05 and f.effective_sample_size >= 20
+        m |= {name: getattr(f, name) if usable else None for name in ("efficiency", "efficiency_se")}
+        m["effective_sample_size"] = f.effective_sample_size
         saved = json.loads((alive[row] / "metrics.json").read_text())
         m["seconds"] = sum(saved[f"seconds_{part}"] for part in ("pool", "train"))
-        m["collapsed"] = (
-            m["policy_distinct"] < 0.1 * reference["policy_distinct"] or m["entropy"] < 0.1 * reference["entropy"]
-        )
+        m["collapsed"] = collapsed(m, reference)
         found[row] = train.finite(m)
     curve = torch.stack(dro.frontier_curve(log_weights[0], rewards), -1).mean(1)  # [G, 2]
     return found, curve.tolist(), train.finite(reference)
+
+
+def collapsed(m: dict, reference: dict) -> bool:
+    """Has a policy less than a tenth of the reference's answers or entropy, or less than its reward?"""
+    few = any(m[name] < 0.1 * reference[name] for name in ("policy_distinct", "entropy"))
+    return few or m["policy_reward"] < reference["policy_reward"]
 
 
 def own_metrics(lists, logps, ref_logps, rewards, k: int, n: int) -> dict:
@@ -172,7 +180,9 @@ def draw(results: dict, path: Path) -> str:
         for row, found in rows:
             values = torch.tensor([[m["kl"], m["policy_reward"]] for m in found if m.get("kl") is not None])
             if len(values):
-                points.append((values.mean(0).tolist(), values.std(0, correction=0).tolist(), row.split()[-1]))
+                points.append(
+                    (values.mean(0).tolist(), values.std(0, correction=int(len(values) > 1)).tolist(), row.split()[-1])
+                )
         if not points:
             continue
         x, y = zip(*(mean for mean, _, _ in points))
@@ -199,9 +209,12 @@ def draw(results: dict, path: Path) -> str:
     return f"picture: {path}"
 
 
-def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=3, jobs=0) -> dict:
+def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, jobs=0) -> dict:
     """Run or find the cells, compare them, print and write what came out."""
-    rows, seeds = (grid_rows(), 1) if grid else (rows_of(quick), 1 if quick else seeds)
+    seeds = (1 if quick or grid else 3) if seeds is None else seeds
+    if seeds < 1:
+        raise train.ConfigError(f"--seeds must be at least 1, got {seeds}")
+    rows = grid_rows() if grid else rows_of(quick)
     common = {"task": task, "model": model, **(QUICK if quick else COMMON)}
     configs = [
         {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()} for seed in range(seeds)
@@ -236,7 +249,7 @@ if __name__ == "__main__":
     parser.add_argument("--grid", action="store_true", help="the grid that the defaults come from")
     parser.add_argument("--task", default="dialogue")
     parser.add_argument("--model", default="gpt")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, help="how many; default 3, of --quick and --grid 1")
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (default: one a core)")
     try:
         main(**vars(parser.parse_args()))

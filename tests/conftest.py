@@ -1,5 +1,11 @@
-import pytest
-import torch
+"""One thread for every test: networks this small gain nothing by two, and lose much where something else is running."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the runs that tests start as processes read it too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -261,9 +261,9 @@ def batch_of(rewards, mask=None):
     return logps.requires_grad_(), batch
 
 
-def objective(name, logps, batch, **settings):
+def objective(name, logps, batch, mismatched=None, **settings):
     c = train.resolve(train.Config(objective=name, out="x", **settings))
-    return train.total(train.compute_loss(c, logps, batch))
+    return train.total(train.compute_loss(c, logps, batch, mismatched=mismatched))
 
 
 def row(logps, batch, b):
@@ -287,15 +287,24 @@ def test_pairs_of_a_list_are_best_against_worst_or_all_of_unlike_reward(name, pa
             expected.append(oracle.slic_loss(s[i], s[j], 1.0))
         else:
             expected.append(getattr(oracle, f"{name}_loss")(s[i] - ref[i], s[j] - ref[j], 0.3))
-    loss = objective(name, logps, batch, pairs=pairs, beta=0.3, sft_weight=0.0)
+    own = {"sft_weight": 0.0} if name == "slic" else {"beta": 0.3}
+    loss = objective(name, logps, batch, pairs=pairs, **own)
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
-def test_a_batch_of_ties_teaches_the_pair_losses_nothing():
-    for name in ("dpo", "ipo"):
-        logps, batch = batch_of([[1.0, 1.0], [2.0, 2.0]])
-        objective(name, logps, batch).backward()
-        assert not logps.grad.any()
+@pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "slic", "kto"])
+def test_a_batch_of_ties_teaches_nothing(name):
+    logps, batch = batch_of([[1.1, 1.1], [1.1, 1.1]])
+    own = {"sft_weight": 0.0} if name == "slic" else {}
+    mismatched = (torch.zeros(2), torch.zeros(2)) if name == "kto" else None
+    objective(name, logps, batch, mismatched, **own).backward()
+    assert not logps.grad.any()
+
+
+def test_slic_learns_its_sft_term_from_ties_too():
+    logps, batch = batch_of([[1.1, 1.1], [1.1, 1.1]])
+    expected = 0.1 * np.mean([oracle.sft_loss(s, n, r) for s, _, n, r in (row(logps, batch, b) for b in range(2))])
+    assert objective("slic", logps, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_list_objectives_add_their_share_of_the_best_response():
@@ -305,6 +314,7 @@ def test_list_objectives_add_their_share_of_the_best_response():
     rrhf = [oracle.rrhf_loss(s, n, r) + 1.0 * nll for (s, _, n, r), nll in zip(rows, best)]
     pro = [oracle.pro_loss(s, n, r) + 0.05 * (len(s) - 1) ** 2 * nll for (s, _, n, r), nll in zip(rows, best)]
     ranked = [oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.1) for s, ref, _, r in rows]
+    ranked[2] = 0.0  # equal rewards have no order
     assert objective("rrhf", logps, batch).item() == pytest.approx(np.mean(rrhf), rel=1e-5)
     assert objective("pro", logps, batch).item() == pytest.approx(np.mean(pro), rel=1e-5)
     assert objective("pl-dpo", logps, batch).item() == pytest.approx(np.mean(ranked), rel=1e-5)
@@ -314,9 +324,10 @@ def test_list_objectives_add_their_share_of_the_best_response():
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
 def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
+    own = {"sft_weight": 0.0} if name in ("rrhf", "slic", "pro") else {}  # the ranking alone must do it
     c = train.Config(
         objective=name, task="tiny", layers=1, heads=2, width=32, reference_steps=30, steps=40, lr=3e-3, evolve=2, eval_every=40,
-        eval_prompts=16, eval_samples=16, out=str(tmp_path / "run"), device="cpu"
+        eval_prompts=16, eval_samples=16, out=str(tmp_path / "run"), device="cpu", **own
     )  # fmt: skip
     m = train.main(c)
     assert m["train_policy_reward"] > m["train_reference_reward"] + 0.05

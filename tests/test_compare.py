@@ -12,7 +12,7 @@ from experiments import cells, compare
 
 SMALL = {
     "layers": 1, "heads": 2, "width": 32, "reference_steps": 60, "steps": 40, "evolve": 2, "lr": 3e-3, "eval_every": 40,
-    "eval_prompts": 12, "eval_samples": 24, "device": "cpu",
+    "eval_prompts": 12, "eval_samples": 64, "device": "cpu",
 }  # fmt: skip
 
 
@@ -56,9 +56,26 @@ def test_it_writes_the_same_as_text_csv_json_and_picture(small):
 
 def test_the_frontier_rises_and_nobody_is_above_it(small):
     results, _ = small
-    kl, reward = torch.tensor(results["frontiers"][0]).T
+    kl, reward = torch.tensor(results["frontiers"][0]).T.contiguous()
     assert (kl.diff() >= -1e-9).all() and (reward.diff() >= -1e-9).all()
-    assert all(m["efficiency"] <= 1 for found in results["rows"].values() for m in found)
+    for found in results["rows"].values():
+        for m in found:
+            k = min(torch.searchsorted(kl, torch.tensor(m["kl"])).item(), len(kl) - 1)  # the point at its KL or just beyond
+            assert m["kl"] > 0.05 and m["policy_reward"] < reward[k] + 0.1
+            assert m["efficiency"] < 1
+
+
+def test_few_answers_no_entropy_and_less_than_the_reference_are_collapses():
+    reference = {"policy_distinct": 0.9, "entropy": 4.0, "policy_reward": 0.5}
+    assert not compare.collapsed({"policy_distinct": 0.1, "entropy": 0.5, "policy_reward": 0.5}, reference)
+    for name, value in (("policy_distinct", 0.08), ("entropy", 0.3), ("policy_reward", 0.4)):
+        assert compare.collapsed({"policy_distinct": 0.1, "entropy": 0.5, "policy_reward": 0.5, name: value}, reference)
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_no_seeds_are_refused(seeds):
+    with pytest.raises(train.ConfigError, match="--seeds must be at least 1"):
+        compare.main(seeds=seeds)
 
 
 def test_own_metrics_by_hand():
