@@ -1,6 +1,8 @@
 """What the papers compare with, against the oracle and by hand."""
 
+import collections
 import math
+import types
 
 import numpy as np
 import oracle
@@ -245,6 +247,51 @@ def test_minimum_risk_training_is_lire():
     s, r, T = torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64), torch.tensor([[0.2, 1.0, 0.5]]).double(), 2.0
     risk = oracle.mrt_risk(s[0].exp().numpy(), 1 - r[0].numpy(), 1 / T)
     assert lire.lire_loss(s, r, s == s, T).item() + 1 == pytest.approx(risk)
+
+
+# against TRL, where it is installed
+
+
+def trl_loss(trainer_name, logps, ref_logps, beta, **inputs):
+    """The loss of TRL's own code, given log-probs [N] as those of one-token responses. Written for TRL 1.16."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    sequences = torch.ones(len(logps), 2, dtype=torch.long)  # a token of prompt, a token of response
+    outputs = types.SimpleNamespace(log_probs=logps[:, None], is_top1=logps[:, None] > 0)
+    outputs.entropy = outputs.mean_logits = torch.zeros(len(logps), 1)
+    accelerator = types.SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = types.SimpleNamespace(
+        model=torch.nn.Identity().eval(), accelerator=accelerator, precompute_ref_logps=True, beta=beta, aux_loss_enabled=False,
+        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, use_weighting=False,
+        loss_type="kto", calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0, _compute_kl_logps=lambda *_: inputs["KL_logps"],
+        _total_train_tokens=0, _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+    )  # fmt: skip
+    batch = {
+        "input_ids": sequences,
+        "attention_mask": sequences,
+        "completion_mask": torch.tensor([[0, 1]] * len(logps)),
+    }
+    return getattr(trl, trainer_name)._compute_loss(
+        trainer, lambda **_: outputs, batch | {"ref_logps": ref_logps} | inputs, False
+    )
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_dpo_equals_trl(beta):
+    chosen, rejected, ref_chosen, ref_rejected = pairs(*RATIOS)
+    expected = trl_loss(
+        "DPOTrainer", torch.cat([chosen, rejected]), None, beta, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected
+    )  # fmt: skip
+    assert baselines.dpo_loss(*pairs(*RATIOS), beta).mean().item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("mismatched", [MISMATCHED, (-2.0, -1.0, 0.0, 0.0)])
+def test_kto_equals_trl(beta, mismatched):
+    ratios, other = (torch.tensor(x, dtype=torch.float64) for x in (L, mismatched))
+    expected = trl_loss(
+        "KTOTrainer", ratios - 3, torch.full_like(ratios, -3), beta, label=torch.tensor(GOOD), KL_logps=other, ref_KL_logps=other * 0
+    )  # fmt: skip
+    assert kto(beta=beta, mismatched=mismatched).mean().item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 # in the run

@@ -60,7 +60,9 @@ def test_the_frontier_rises_and_nobody_is_above_it(small):
     assert (kl.diff() >= -1e-9).all() and (reward.diff() >= -1e-9).all()
     for found in results["rows"].values():
         for m in found:
-            k = min(torch.searchsorted(kl, torch.tensor(m["kl"])).item(), len(kl) - 1)  # the point at its KL or just beyond
+            k = min(
+                torch.searchsorted(kl, torch.tensor(m["kl"])).item(), len(kl) - 1
+            )  # the point at its KL or just beyond
             assert m["kl"] > 0.05 and m["policy_reward"] < reward[k] + 0.1
             assert m["efficiency"] < 1
 

@@ -460,6 +460,13 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         ("--model bert", "choose from gpt, t5"),
         ("--objective dro --reward-norm softmax", "takes global or none"),
         ("--objective kto --batch-size 1", "at least 2, got 1"),
+        ("--objective dro-p --batch-size 1", "at least 2, got 1"),
+        ("--objective kto --desirable positive --reward-norm global", "leave --reward-norm global away"),
+        ("--objective lire --tau 0.5", "--tau is an option of dro, dro-p: --objective lire does not read it"),
+        ("--objective dro --beta 0.5", "--beta is an option of dpo, ipo, pl-dpo, kto"),
+        ("--objective pro --pairs all", "--pairs is an option of dpo, ipo, slic"),
+        ("--objective dpo --sft-weight 0.1", "--sft-weight is an option of lire, rrhf, slic, pro"),
+        ("--objective kto --value batch", "--value is an option of dro:"),
         ("--task tiny --evolve 0 --behaviour uniform", "samples none"),
     ],
 )
@@ -676,12 +683,13 @@ def test_networks_are_apart_unless_shared_and_each_is_clipped_by_itself(tmp_path
 
 
 def test_rewards_that_are_all_alike_are_measured_without_a_nan(tmp_path):
-    """A reference that has learnt nothing earns nothing in dialogue: LIRE's run still ends, DRO's says why it can't begin."""
+    """A reference that has learnt nothing earns nothing in dialogue: LIRE's run still ends, those of DRO and KTO say why they can't begin."""
     settings = {"task": "dialogue", "reference_steps": 1, "steps": 1, "evolve": 1, "eval_prompts": 2, "candidates": 2}
     metrics = train.main(small(tmp_path / "lire", **settings))
     assert metrics["value_deviation"] == 0 and metrics["efficiency"] is None
-    with pytest.raises(ConfigError, match="every reward is 0.0: there is nothing to learn"):
-        train.main(small(tmp_path / "dro", objective="dro", **settings))
+    for objective in ("dro", "dro-p", "kto"):
+        with pytest.raises(ConfigError, match="every reward is 0.0: there is nothing to learn"):
+            train.main(small(tmp_path / objective, objective=objective, **settings))
 
 
 def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts(tmp_path):
