@@ -39,7 +39,10 @@ import model as models
 
 @dataclass
 class Config:
-    """Everything a run depends on. Every field is an option of the command line: `sft_weight` is --sft-weight."""
+    """Everything a run depends on. Every field is an option of the command line: `sft_weight` is --sft-weight.
+
+    None is a default that depends on other settings: BEST and resolve, below, have it.
+    """
 
     objective: str = "lire"  # lire, dro, dro-p, dpo, ipo, pl-dpo, kto, rrhf, slic, pro, or sft: just the reference
     task: str = "dialogue"  # synthetic task: dialogue, summary or tiny
@@ -61,11 +64,11 @@ class Config:
     sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
     evolve: int | None = None  # rounds, each with a new pool; default 5, for files 0: their own lists
     iterate: int = 1  # Iterate passes over the pool of a round
-    temperature: float = 2.0  # LIRE's T
+    temperature: float | None = None  # LIRE's T
     score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
     reward_norm: str | None = None  # softmax, list-zscore, global, none; default softmax: lire, global: dro, pro
-    sft_weight: float | None = None  # weight of the SFT term on the best candidate: lire, rrhf, slic, pro
-    tau: float = 1.0  # DRO's KL strength, in units of the normalised reward
+    sft_weight: float | None = None  # weight of the SFT term on the best candidate (lire, rrhf, slic, pro)
+    tau: float | None = None  # DRO's KL strength, in units of the normalised reward
     beta: float | None = None  # KL strength of dpo, ipo, pl-dpo and kto
     pairs: str = "best-worst"  # dpo, ipo, slic: best against worst of a list, or all pairs of unlike reward
     desirable: str | None = None  # KTO: above the batch's mean, or positive: above 0 (default for thumbs)
@@ -76,7 +79,7 @@ class Config:
     steps: int = 400  # optimiser steps in all, over all rounds
     batch_size: int = 16  # B, prompts a step
     optimizer: str = "adamw"  # adamw, or adafactor, which the DRO paper used
-    lr: float = 5e-4  # peak learning rate, warm-up 3 %, then linear to 0
+    lr: float | None = None  # peak learning rate, warm-up 3 %, then linear to 0
     weight_decay: float = 0.0  # of the optimizer
     clip: float = 1.0  # gradient norm, of each network by itself
     eval_prompts: int = 64  # prompts of each evaluation split
@@ -109,21 +112,31 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
-STRENGTH = {"dpo": 0.1, "ipo": 0.1, "pl-dpo": 0.1, "kto": 5.0}  # default beta
-SFT_WEIGHT = {"lire": 0.1, "rrhf": 1.0, "slic": 0.1, "pro": 0.05}  # default weight of the SFT term
+BEST = {  # default learning rate and strength: the best of `python -m experiments.compare --grid`, in results/grid.json
+    "lire": {"lr": 1e-3, "temperature": 4.0, "sft_weight": 0.1},
+    "dro": {"lr": 5e-4, "tau": 0.2},
+    "dro-p": {"lr": 5e-4, "tau": 0.2},
+    "dpo": {"lr": 2e-4, "beta": 0.03},
+    "ipo": {"lr": 1e-3, "beta": 0.03},
+    "pl-dpo": {"lr": 1e-3, "beta": 0.3},
+    "kto": {"lr": 1e-3, "beta": 1.0},
+    "rrhf": {"lr": 1e-3, "sft_weight": 3.0},
+    "slic": {"lr": 1e-3, "sft_weight": 0.3},
+    "pro": {"lr": 1e-3, "sft_weight": 0.15},
+    "sft": {"lr": 5e-4},  # of no step: the reference has a rate of its own
+}
 OWN = {  # options that only some objectives read
     "tau": ("dro", "dro-p"),
-    "beta": STRENGTH,
+    "beta": ("dpo", "ipo", "pl-dpo", "kto"),
     "temperature": ("lire",),
     "score": ("lire",),
-    "sft_weight": SFT_WEIGHT,
+    "sft_weight": ("lire", "rrhf", "slic", "pro"),
     "pairs": ("dpo", "ipo", "slic"),
     "desirable": ("kto",),
     "value": ("dro",),
     "value_lr": ("dro",),
     "share_networks": ("dro",),
 }
-OBJECTIVES = (*LISTS, "dro", "dro-p", "kto", "sft")
 POSITIVE = (
     "layers heads width max_prompt max_response candidates iterate batch_size lr reference_lr temperature sample_temperature "
     "tau beta value_lr clip eval_prompts eval_samples eval_every"
@@ -134,7 +147,7 @@ def resolve(config: Config) -> Config:
     """Fill in the defaults that depend on other settings, and refuse impossible values with one line."""
     c, files = dataclasses.replace(config), bool(config.data)
     for name, owners in OWN.items():
-        if c.objective in OBJECTIVES and c.objective not in owners and getattr(c, name) != getattr(Config, name):
+        if c.objective in BEST and c.objective not in owners and getattr(c, name) != getattr(Config, name):
             raise ConfigError(
                 f"--{name.replace('_', '-')} is an option of {', '.join(owners)}: --objective {c.objective} does not read it"
             )
@@ -147,8 +160,8 @@ def resolve(config: Config) -> Config:
     c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global", "pro": "global"}.get(
         c.objective, "none"
     )
-    c.beta = STRENGTH.get(c.objective) if c.beta is None else c.beta
-    c.sft_weight = SFT_WEIGHT.get(c.objective) if c.sft_weight is None else c.sft_weight
+    for name, value in BEST.get(c.objective, {"lr": 5e-4}).items():
+        setattr(c, name, value if getattr(c, name) is None else getattr(c, name))
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise ConfigError(
@@ -635,7 +648,7 @@ def total(losses):
 def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     """What is logged of a step: the names TRL uses where the meaning is the same. Best and worst candidate for chosen, rejected."""
     mask, rewards = batch.candidate_mask, batch.rewards
-    strength = c.tau if c.objective in ("dro", "dro-p") else c.beta if c.objective in STRENGTH else 1.0
+    strength = c.tau or c.beta or 1.0
     implied = strength * (logps - batch.ref_logps)  # [B, M]
     m = {name: part.mean() for name, part in losses.items()} if isinstance(losses, dict) else {}
     if mask.sum(-1).max() > 1:
@@ -1324,6 +1337,8 @@ def command_line(argv=None) -> Config:
             else {"type": kind}
         )
         shown = "" if f.default in (dataclasses.MISSING, None, "") else f" (default {f.default})"
+        if best := [f"{objective} {of[f.name]:g}" for objective, of in BEST.items() if f.name in of]:
+            shown = f" (default: {', '.join(best)})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=(comments[f.name] + shown).replace("%", "%%"), **how)
     given = vars(parser.parse_args(argv))
     if "data" in given and "task" in given:

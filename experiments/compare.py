@@ -27,7 +27,7 @@ from experiments import cells
 from experiments.tables import mean_and_spread
 from train import Config
 
-# What the strength of an objective is called, and its three values; the middle one is that of --quick.
+# What the strength of an objective is called, and its values in the grid, weak KL penalty last.
 STRENGTHS = {
     "lire": ("temperature", (1.0, 2.0, 4.0)),
     "dro": ("tau", (1.0, 0.5, 0.2)),
@@ -39,7 +39,7 @@ STRENGTHS = {
     "slic": ("sft_weight", (0.3, 0.1, 0.03)),
     "pro": ("sft_weight", (0.15, 0.05, 0.015)),
 }
-THREE = ("lire", "dro", "dpo", "kto")  # of these the comparison shows all three strengths, of the others the middle one
+THREE = ("lire", "dro", "dpo", "kto")  # of these the comparison shows all three strengths, of the others the default
 RATES = (2e-4, 5e-4, 1e-3)
 COMMON = {"evolve": 5, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
 QUICK = {"evolve": 2, "steps": 40, "eval_prompts": 16, "eval_samples": 16, "reference_steps": 300}
@@ -50,7 +50,7 @@ def rows_of(quick: bool) -> dict:
     """{row: settings} of the comparison."""
     rows = {}
     for objective, (name, values) in STRENGTHS.items():
-        for value in values if objective in THREE and not quick else values[1:2]:
+        for value in values if objective in THREE and not quick else [train.BEST[objective][name]]:
             rows[f"{objective}, {name} {value:g}"] = {"objective": objective, name: value}
     return rows
 
@@ -123,6 +123,16 @@ def collapsed(m: dict, reference: dict) -> bool:
     """Has a policy less than a tenth of the reference's answers or entropy, or less than its reward?"""
     few = any(m[name] < 0.1 * reference[name] for name in ("policy_distinct", "entropy"))
     return few or m["policy_reward"] < reference["policy_reward"]
+
+
+def best(results: dict) -> dict:
+    """{objective: its settings} of the grid's rows of most reward; what failed or collapsed is out."""
+    found, rows = {}, grid_rows()
+    for row, (m,) in results["rows"].items():
+        settings = rows[row]
+        if not m.get("failed") and not m["collapsed"]:
+            found.setdefault(settings["objective"], []).append((m["policy_reward"], row))
+    return {objective: rows[max(of)[1]] for objective, of in found.items()}
 
 
 def own_metrics(lists, logps, ref_logps, rewards, k: int, n: int) -> dict:
@@ -248,6 +258,8 @@ def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, jobs
     print(
         f"\nmean ± standard deviation over {over}, {'training' if grid else 'held-out'} prompts\n\n{table(results)}\n\n{told}"
     )
+    if grid:
+        print("most reward:", *best(results).values(), sep="\n")
     return results
 
 

@@ -20,10 +20,10 @@ from experiments import cells
 from train import Config, list_outcome
 
 FOLDS = 5
-COMMON = {"reference_steps": 150, "steps": 60, "eval_every": 60, "eval_prompts": 16}
+COMMON = {"reference_steps": 150, "steps": 60, "lr": 5e-4, "eval_every": 60, "eval_prompts": 16}
 ROWS = {
     "--score mean --temperature 0.2": {"score": "mean", "temperature": 0.2, "sft_weight": 0.0},
-    "--score sum (defaults)": {},
+    "--score sum --temperature 2": {"temperature": 2.0},
     "--objective dro --model t5 --tau 0.2": {"objective": "dro", "model": "t5", "tau": 0.2},
 }
 

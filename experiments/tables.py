@@ -1,6 +1,6 @@
 """The README's tables: `python -m experiments.tables NAME` prints one and writes results/NAME.json.
 
-sft         dialogue with the defaults, and without the SFT term              5 seeds
+sft         dialogue with and without the SFT term, defaults and authors' T   5 seeds
 summary     summary with the defaults; trained on shuffled prompts            3 seeds
 candidates  M = 2, 4, 8, 16 candidates a prompt                               3 seeds
 evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
@@ -38,7 +38,8 @@ def of(rows: dict, **common) -> dict:
     return {row: {**common, **settings} for row, settings in rows.items()}
 
 
-DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1)
+AUTHORS = {"temperature": 2.0, "lr": 5e-4}  # LIRE's T in its paper, and a rate that suits it here
+DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1, lr=5e-4)
 DRO_POOLS = {
     f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3} for row, settings in DRO_ROWS.items()
 }
@@ -57,32 +58,47 @@ TRIED = """
 --evolve 5
 --evolve 10 --lr 1e-3
 --evolve 16 --candidates 16 --lr 1e-3 --steps 1200"""
-KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto", evolve=1)
+KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto", evolve=1, lr=5e-4)
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
-    "sft": (COLUMNS, 5, {"defaults (sft_weight 0.1)": {}, "sft_weight 0": {"sft_weight": 0.0}}),
+    "sft": (
+        COLUMNS,
+        5,
+        {
+            "defaults (T 4, lr 1e-3, sft_weight 0.1)": {},
+            "T 4, lr 1e-3, sft_weight 0": {"sft_weight": 0.0},
+            "T 2, lr 5e-4, sft_weight 0.1": AUTHORS,
+            "T 2, lr 5e-4, sft_weight 0": {**AUTHORS, "sft_weight": 0.0},
+        },
+    ),
     "summary": (
         SUMMARY,
         3,
-        {"defaults": {"task": "summary"}, "trained on shuffled prompts": {"task": "summary", "shuffle_prompts": True}},
+        of(
+            {"defaults": {}, "T 2, lr 5e-4": AUTHORS, "defaults, trained on shuffled prompts": {"shuffle_prompts": True}},
+            task="summary",
+        ),
     ),
-    "candidates": (COLUMNS, 3, {f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}),
+    "candidates": (COLUMNS, 3, of({f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}, **AUTHORS)),
     "evolve": (
         COLUMNS,
         3,
-        {"1 round": {"evolve": 1}, "2 rounds": {"evolve": 2}, "3 rounds": {"evolve": 3}, "5 rounds (defaults)": {}},
+        of({f"{n} round{'s' * (n > 1)}": {"evolve": n} for n in (1, 2, 3, 5)}, **AUTHORS),
     ),
     "objective": (
         COLUMNS,
         3,
-        {
-            "T 2, sums, softmax rewards": {},
-            "T 1": {"temperature": 1.0},
-            "T 4": {"temperature": 4.0},
-            "rewards as they are": {"reward_norm": "none"},
-            "rewards z-scored in the list": {"reward_norm": "list-zscore"},
-            "mean score": {"score": "mean"},
-        },
+        of(
+            {
+                "T 2, sums, softmax rewards": {},
+                "T 1": {"temperature": 1.0},
+                "T 4": {"temperature": 4.0},
+                "rewards as they are": {"reward_norm": "none"},
+                "rewards z-scored in the list": {"reward_norm": "list-zscore"},
+                "mean score": {"score": "mean"},
+            },
+            **AUTHORS,
+        ),
     ),
     "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
     "dro-t5": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
@@ -92,7 +108,7 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
         1,
         {
             f"`{row}`" if row else "defaults": dataclasses.asdict(
-                command_line(f"--objective dro --tau 0.5 --evolve 1 {row}".split())
+                command_line(f"--objective dro --tau 0.5 --evolve 1 --lr 5e-4 {row}".split())
             )
             for row in TRIED.split("\n")
         },
@@ -112,9 +128,14 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
             objective="dro",
             tau=0.5,
             evolve=1,
+            lr=5e-4,
         ),
     ),
-    "shuffled": (COLUMNS, 3, {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}),
+    "shuffled": (
+        COLUMNS,
+        3,
+        of({"its own prompts": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}, **AUTHORS),
+    ),
 }
 
 

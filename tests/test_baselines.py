@@ -350,8 +350,8 @@ def test_a_batch_of_ties_teaches_nothing(name):
 
 def test_slic_learns_its_sft_term_from_ties_too():
     logps, batch = batch_of([[1.1, 1.1], [1.1, 1.1]])
-    expected = 0.1 * np.mean([oracle.sft_loss(s, n, r) for s, _, n, r in (row(logps, batch, b) for b in range(2))])
-    assert objective("slic", logps, batch).item() == pytest.approx(expected, rel=1e-5)
+    expected = 0.2 * np.mean([oracle.sft_loss(s, n, r) for s, _, n, r in (row(logps, batch, b) for b in range(2))])
+    assert objective("slic", logps, batch, sft_weight=0.2).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_list_objectives_add_their_share_of_the_best_response():
@@ -362,11 +362,11 @@ def test_list_objectives_add_their_share_of_the_best_response():
     pro = [oracle.pro_loss(s, n, r) + 0.05 * (len(s) - 1) ** 2 * nll for (s, _, n, r), nll in zip(rows, best)]
     ranked = [oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.1) for s, ref, _, r in rows]
     ranked[2] = 0.0  # equal rewards have no order
-    assert objective("rrhf", logps, batch).item() == pytest.approx(np.mean(rrhf), rel=1e-5)
-    assert objective("pro", logps, batch).item() == pytest.approx(np.mean(pro), rel=1e-5)
-    assert objective("pl-dpo", logps, batch).item() == pytest.approx(np.mean(ranked), rel=1e-5)
-    slic = objective("slic", logps, batch) - objective("slic", logps, batch, sft_weight=0.0)
-    assert slic.item() == pytest.approx(0.1 * np.mean(best), rel=1e-5)
+    assert objective("rrhf", logps, batch, sft_weight=1.0).item() == pytest.approx(np.mean(rrhf), rel=1e-5)
+    assert objective("pro", logps, batch, sft_weight=0.05).item() == pytest.approx(np.mean(pro), rel=1e-5)
+    assert objective("pl-dpo", logps, batch, beta=0.1).item() == pytest.approx(np.mean(ranked), rel=1e-5)
+    slic = [objective("slic", logps, batch, sft_weight=weight).item() for weight in (0.1, 0.0)]
+    assert slic[0] - slic[1] == pytest.approx(0.1 * np.mean(best), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])

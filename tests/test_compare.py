@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def test_it_writes_the_same_as_text_csv_json_and_picture(small):
     assert json.loads(written[".json"].read_text()) == json.loads(json.dumps(results))
     assert written[".txt"].read_text() == compare.table(results) + "\n"
     rows = list(csv.DictReader(io.StringIO(written[".csv"].read_text())))
-    assert [r["row"] for r in rows] == ["lire, temperature 2", "dpo, beta 0.1"]
-    assert float(rows[0]["kl"]) == results["rows"]["lire, temperature 2"][0]["kl"]
+    assert [r["row"] for r in rows] == ["lire, temperature 4", "dpo, beta 0.03"]
+    assert float(rows[0]["kl"]) == results["rows"]["lire, temperature 4"][0]["kl"]
     pytest.importorskip("matplotlib")
     assert written[".png"].stat().st_size > 10_000
 
@@ -96,6 +97,15 @@ def test_failures_and_collapses_are_told_on_their_row():
     lines = compare.table(results).splitlines()
     assert lines[3].endswith("1 of 2 collapsed |") and lines[4].endswith("1 of 2 failed |")
     assert "(1 of 2)" in lines[4] and "nan" not in compare.table(results)
+
+
+def test_the_defaults_are_the_best_of_the_grid():
+    results = json.loads((Path(train.__file__).parent / "results" / "grid.json").read_text())
+    assert set(results["rows"]) == set(compare.grid_rows())
+    for objective, settings in compare.best(results).items():
+        assert settings == {"objective": objective} | {
+            k: train.BEST[objective][k] for k in settings if k != "objective"
+        }
 
 
 def test_everyone_has_the_same_grid_of_settings_that_exist():

@@ -271,9 +271,9 @@ def test_kill_and_ctrl_c_both_resume_to_the_same_bits(tmp_path):
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_difference(finished, capsys):
     folder, _ = finished
-    with pytest.raises(ConfigError, match="lr: 0.0005 there, 0.01 here"):
+    with pytest.raises(ConfigError, match="lr: 0.001 there, 0.01 here"):
         train.command_line(["--resume", str(folder), "--lr", "0.01"])
-    with pytest.raises(ConfigError, match="temperature: 2.0 there, 1.0 here"):
+    with pytest.raises(ConfigError, match="temperature: 4.0 there, 1.0 here"):
         train.main(small(folder, resume=str(folder), temperature=1.0))
     with pytest.raises(ConfigError, match="holds a run already"):
         train.main(small(folder))
