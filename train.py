@@ -112,7 +112,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
 }
 LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
-BEST = {  # default learning rate and strength: the best of `python -m experiments.compare --grid`, in results/grid.json
+BEST = {  # default learning rate and strength: most reward in `python -m experiments.compare --grid`, results/grid.json
     "lire": {"lr": 1e-3, "temperature": 4.0, "sft_weight": 0.1},
     "dro": {"lr": 5e-4, "tau": 0.2},
     "dro-p": {"lr": 5e-4, "tau": 0.2},
@@ -162,6 +162,8 @@ def resolve(config: Config) -> Config:
     )
     for name, value in BEST.get(c.objective, {"lr": 5e-4}).items():
         setattr(c, name, value if getattr(c, name) is None else getattr(c, name))
+    if c.objective == "kto" and not files:
+        c.desirable = c.desirable or "mean"
     for name, choices in CHOICES.items():
         if getattr(c, name) not in choices:
             raise ConfigError(
@@ -364,7 +366,7 @@ def make_world(c: Config) -> World:
 def check_rewards(c: Config, rewards: list[float]) -> None:
     """Refuse rewards that leave nothing to learn; a file of thumbs, up 1 and down -1, tells KTO what is desirable."""
     if c.objective == "kto" and not c.desirable:
-        c.desirable = "positive" if c.data and set(rewards) <= {1.0, -1.0} else "mean"
+        c.desirable = "positive" if set(rewards) <= {1.0, -1.0} else "mean"
     if c.objective == "kto" and c.desirable == "positive":
         good = sum(r > 0 for r in rewards)
         if good in (0, len(rewards)):

@@ -4,16 +4,19 @@
     python -m experiments.compare --quick             one strength each, one seed, a short training: 3 minutes
     python -m experiments.compare --grid              3 learning rates x 3 strengths of each, judged on training prompts
 
-All start from the same reference, draw pools of the same size and make the same number of updates. For each seed there is one
-frontier, from samples of the reference and of all policies together: each sample is scored by every model and weighed against
-the mixture of them all, so that no policy is measured by its own samples alone. Prints a table and writes results/compare.txt,
-.csv, .json and, where matplotlib is present, .png.
+All start from the same reference and the same first pool, its samples, and make the same number of updates; the four later pools
+of the same size are each policy's own (with --evolve 1 there is the first alone: offline, everyone on the same responses). For
+each seed there is one frontier, from samples of the reference and of all policies together: each sample is scored by every model
+and weighed against the mixture of them all, so that no policy is measured by its own samples alone. Prints a table and writes
+results/compare.txt, .csv, .json and, where matplotlib is present, .png. Seconds are of drawing pools and training, on one thread
+beside another cell.
 """
 
 import argparse
 import csv
 import io
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -30,13 +33,13 @@ from train import Config
 # What the strength of an objective is called, and its values in the grid, weak KL penalty last.
 STRENGTHS = {
     "lire": ("temperature", (1.0, 2.0, 4.0)),
-    "dro": ("tau", (1.0, 0.5, 0.2)),
+    "dro": ("tau", (0.5, 0.2, 0.1)),
     "dpo": ("beta", (0.3, 0.1, 0.03)),
     "kto": ("beta", (5.0, 1.0, 0.5)),
     "ipo": ("beta", (0.3, 0.1, 0.03)),
-    "pl-dpo": ("beta", (0.3, 0.1, 0.03)),
-    "rrhf": ("sft_weight", (3.0, 1.0, 0.3)),
-    "slic": ("sft_weight", (0.3, 0.1, 0.03)),
+    "pl-dpo": ("beta", (1.0, 0.3, 0.1)),
+    "rrhf": ("sft_weight", (30.0, 10.0, 3.0)),  # the paper's 1 is of a sum, here it is of a mean over about 10 tokens
+    "slic": ("sft_weight", (3.0, 1.0, 0.3)),
     "pro": ("sft_weight", (0.15, 0.05, 0.015)),
 }
 THREE = ("lire", "dro", "dpo", "kto")  # of these the comparison shows all three strengths, of the others the default
@@ -73,17 +76,21 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
     pairs; metrics of the reference. A cell that failed has no metrics.
     """
     folders = {row: cells.folder_of(c) for row, c in configs.items()}
-    alive = {row: f for row, f in folders.items() if "failed" not in json.loads((f / "metrics.json").read_text())}
+    saved = {row: json.loads((f / "metrics.json").read_text()) for row, f in folders.items()}
+    alive = {row: f for row, f in folders.items() if "failed" not in saved[row]}
     if not alive:
         return {}, [], {}
     c = train.resolve(next(iter(configs.values())))
-    world, n = train.make_world(c), c.eval_samples
+    world, n = train.make_world(c), 2 * c.eval_samples
     examples = getattr(world, split)
     examples = random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     weights = [torch.load(next(iter(alive.values())) / "reference.pt", map_location=c.device, weights_only=True)]
-    weights += [
-        torch.load(f / "checkpoint.pt", map_location=c.device, weights_only=True)["policy"] for f in alive.values()
-    ]
+    checkpoints = [torch.load(f / "checkpoint.pt", map_location=c.device, weights_only=True) for f in alive.values()]
+    if len({of["reference"] for of in checkpoints}) > 1:
+        raise train.ConfigError(
+            f"cells of seed {c.seed} started from unlike references: delete {cells.FOLDER} and run anew"
+        )
+    weights += [of["policy"] for of in checkpoints]
     model, lists = train.new_model(c, world).eval(), []
     for k, w in enumerate(weights):
         model.load_state_dict(w)
@@ -97,32 +104,44 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
         model.load_state_dict(w)
         logps.append(torch.tensor(train.score_examples(c, world, model, pool), dtype=torch.float64))
     logps = torch.stack(logps)  # [K, B, K n]
-    log_weights = (logps - logps.logsumexp(0)).log_softmax(-1)  # of every model on samples of the mixture of all
+    log_weights = joint_weights(logps)
     reference, found = own_metrics(lists[0], logps[0], logps[0], rewards, 0, n), {}
+    curve = torch.stack(dro.frontier_curve(log_weights[0], rewards), -1).mean(1).tolist()  # [G, 2]
     for k, row in enumerate(alive, 1):
         f = dro.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
         m = own_metrics(lists[k], logps[k], logps[0], rewards, k, n)
-        usable = m["kl"] >= 0.05 and f.effective_sample_size >= 20
+        size = f.effective_sample_size * 2 / len(weights)  # as if of reference and policy alone, whatever others add
+        usable = m["kl"] >= 0.05 and size >= 20
         m |= {name: getattr(f, name) if usable else None for name in ("efficiency", "efficiency_se")}
-        m["effective_sample_size"] = f.effective_sample_size
-        saved = json.loads((alive[row] / "metrics.json").read_text())
-        m["seconds"] = sum(saved[f"seconds_{part}"] for part in ("pool", "train"))
-        m["collapsed"] = collapsed(m, reference)
+        m["effective_sample_size"] = size
+        whole = not json.loads((alive[row] / "config.json").read_text())["resume"]  # else the clock began anew
+        m["seconds"] = sum(saved[row][f"seconds_{part}"] for part in ("pool", "train")) if whole else None
+        m["collapsed"] = collapsed(m, reference, curve[-1][0])
         found[row] = train.finite(m)
-    curve = torch.stack(dro.frontier_curve(log_weights[0], rewards), -1).mean(1)  # [G, 2]
-    return found, curve.tolist(), train.finite(reference)
+    return found, curve, train.finite(reference)
+
+
+def joint_weights(logps):
+    """Log importance weights [K, B, K n] of every model, normalised within each prompt, on n samples drawn from each of K models.
+
+    Args: logps [K, B, K n], every sample scored by every model. Each is weighed against the mixture of all; K = 2 is
+    dro.mixture_weights.
+    """
+    return (logps - logps.logsumexp(0)).log_softmax(-1)
 
 
 def grid_plane(configs: dict) -> tuple[dict, list, dict]:
     """plane() on training prompts, each policy with the reference alone: 81 policies are too many to score one another's samples."""
     planes = [plane({row: c}, "train") for row, c in configs.items()]
-    return {row: m for found, _, _ in planes for row, m in found.items()}, *planes[0][1:]
+    references = [reference for _, _, reference in planes if reference]
+    return {row: m for found, _, _ in planes for row, m in found.items()}, [], next(iter(references), {})
 
 
-def collapsed(m: dict, reference: dict) -> bool:
-    """Has a policy less than a tenth of the reference's answers or entropy, or less than its reward?"""
-    few = any(m[name] < 0.1 * reference[name] for name in ("policy_distinct", "entropy"))
-    return few or m["policy_reward"] < reference["policy_reward"]
+def collapsed(m: dict, reference: dict, most_kl: float) -> bool:
+    """Does a policy say one thing a prompt, or earn less than the reference, or spend twice the KL that any optimum can use?"""
+    one = m["policy_distinct"] * m["samples"] < 2 or m["entropy"] < 0.1 * reference["entropy"]
+    lost = not all(math.isfinite(m[name]) for name in ("policy_reward", "kl", "entropy"))
+    return one or lost or m["policy_reward"] < reference["policy_reward"] or m["kl"] > 2 * most_kl
 
 
 def best(results: dict) -> dict:
@@ -143,6 +162,7 @@ def own_metrics(lists, logps, ref_logps, rewards, k: int, n: int) -> dict:
         "policy_reward": rewards[:, own].mean().item(),
         "win_rate": ((wins > 0).double() + 0.5 * (wins == 0).double()).mean().item(),
         "kl": (logps - ref_logps)[:, own].mean().item(),
+        "samples": n,
         "policy_length": sum(len(y) for ys in lists for y in ys) / (len(lists) * n),
         "policy_distinct": sum(len({tuple(y) for y in ys}) for ys in lists) / (len(lists) * n),
         "entropy": -logps[:, own].mean().item(),  # nats a response
@@ -150,7 +170,7 @@ def own_metrics(lists, logps, ref_logps, rewards, k: int, n: int) -> dict:
 
 
 def table(results: dict) -> str:
-    """The table in Markdown: mean and deviation over seeds; the last column names what went wrong in how many of them."""
+    """The table in Markdown: mean and deviation over seeds; the last column tells in how many of them what went wrong."""
     lines = ["| | " + " | ".join(COLUMNS) + " | alarm |", "|" + "---|" * (len(COLUMNS) + 2)]
     for row, found in {"reference": results["reference"], **results["rows"]}.items():
         shown = [mean_and_spread([m.get(name) for m in found]) for name in COLUMNS]
@@ -225,13 +245,17 @@ def draw(results: dict, path: Path) -> str:
     return f"picture: {path}"
 
 
-def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, jobs=0) -> dict:
+def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evolve=None, jobs=0) -> dict:
     """Run or find the cells, compare them, print and write what came out."""
     seeds = (1 if quick or grid else 3) if seeds is None else seeds
     if seeds < 1:
         raise train.ConfigError(f"--seeds must be at least 1, got {seeds}")
+    if grid and (quick or evolve or seeds > 1):
+        raise train.ConfigError(
+            "--grid is of one seed, with settings of its own: leave --quick, --evolve and --seeds away"
+        )
     rows = grid_rows() if grid else rows_of(quick)
-    common = {"task": task, "model": model, **(QUICK if quick else COMMON)}
+    common = {"task": task, "model": model, **(QUICK if quick else COMMON), **({"evolve": evolve} if evolve else {})}
     configs = [
         {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()} for seed in range(seeds)
     ]
@@ -240,26 +264,31 @@ def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, jobs
     if not all(found for found, _, _ in planes):
         raise train.ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     results = {
-        "settings": common,
+        "settings": common | {"seeds": seeds, "lr": {o: of["lr"] for o, of in train.BEST.items() if o in STRENGTHS}},
         "reference": [reference for _, _, reference in planes],
         "rows": {row: [found.get(row, {"failed": True}) for found, _, _ in planes] for row in rows},
         "frontiers": [curve for _, curve, _ in planes],
     }
     name = "-".join(
-        ["grid" if grid else "compare"] + [x for x in (task, model) if x not in ("dialogue", "gpt")] + ["quick"] * quick
+        ["grid" if grid else "compare"]
+        + [x for x in (task, model) if x not in ("dialogue", "gpt")]
+        + [f"evolve{evolve}"] * bool(evolve)
+        + ["quick"] * quick
     )
     path = Path("results") / name
     path.parent.mkdir(exist_ok=True)
     Path(f"{path}.json").write_text(json.dumps(results, indent=1) + "\n")
     Path(f"{path}.csv").write_text(as_csv(results))
     Path(f"{path}.txt").write_text(table(results) + "\n")
-    told = draw(results, Path(f"{path}.png"))
+    told = (
+        draw(results, Path(f"{path}.png"))
+        if not grid
+        else "most reward:\n" + "\n".join(map(str, best(results).values()))
+    )
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
     print(
         f"\nmean ± standard deviation over {over}, {'training' if grid else 'held-out'} prompts\n\n{table(results)}\n\n{told}"
     )
-    if grid:
-        print("most reward:", *best(results).values(), sep="\n")
     return results
 
 
@@ -270,6 +299,7 @@ if __name__ == "__main__":
     parser.add_argument("--task", default="dialogue")
     parser.add_argument("--model", default="gpt")
     parser.add_argument("--seeds", type=int, help="how many; default 3, of --quick and --grid 1")
+    parser.add_argument("--evolve", type=int, help="rounds; 1: everyone on the same pool, offline")
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (default: one a core)")
     try:
         main(**vars(parser.parse_args()))

@@ -75,7 +75,11 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
         SUMMARY,
         3,
         of(
-            {"defaults": {}, "T 2, lr 5e-4": AUTHORS, "defaults, trained on shuffled prompts": {"shuffle_prompts": True}},
+            {
+                "defaults": {},
+                "T 2, lr 5e-4": AUTHORS,
+                "defaults, trained on shuffled prompts": {"shuffle_prompts": True},
+            },
             task="summary",
         ),
     ),

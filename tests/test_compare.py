@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+import dro
 import train
 from experiments import cells, compare
 
@@ -32,9 +34,9 @@ def small(tmp_path_factory):
 
 def test_the_plane_agrees_with_enumeration(small):
     results, folder = small
-    for row, settings in compare.rows_of(quick=True).items():
-        if row not in results["rows"]:
-            continue  # the fixture compares two
+    assert len(results["rows"]) == 2
+    for row in results["rows"]:
+        settings = compare.rows_of(quick=True)[row]
         c = train.Config(task="tiny", model="gpt", **SMALL, **settings)
         exact = json.loads((folder / cells.folder_of(c) / "metrics.json").read_text())
         found = results["rows"][row][0]
@@ -68,11 +70,36 @@ def test_the_frontier_rises_and_nobody_is_above_it(small):
             assert m["efficiency"] < 1
 
 
-def test_few_answers_no_entropy_and_less_than_the_reference_are_collapses():
+def test_one_answer_less_reward_or_far_too_much_kl_are_collapses():
     reference = {"policy_distinct": 0.9, "entropy": 4.0, "policy_reward": 0.5}
-    assert not compare.collapsed({"policy_distinct": 0.1, "entropy": 0.5, "policy_reward": 0.5}, reference)
-    for name, value in (("policy_distinct", 0.08), ("entropy", 0.3), ("policy_reward", 0.4)):
-        assert compare.collapsed({"policy_distinct": 0.1, "entropy": 0.5, "policy_reward": 0.5, name: value}, reference)
+    good = {"policy_distinct": 0.1, "samples": 32, "entropy": 0.5, "policy_reward": 0.5, "kl": 5.9}
+    assert not compare.collapsed(good, reference, 3.0)
+    for name, value in (
+        ("policy_distinct", 0.06),
+        ("entropy", 0.3),
+        ("policy_reward", 0.4),
+        ("kl", 6.1),
+        ("kl", math.nan),
+    ):
+        assert compare.collapsed({**good, name: value}, reference, 3.0), name
+
+
+def test_joint_weights_of_two_are_the_mixture_weights_and_of_three_find_what_enumeration_finds():
+    g = torch.Generator().manual_seed(3)
+    exact = (2 * torch.randn(3, 4, 20, generator=g, dtype=torch.float64)).log_softmax(
+        -1
+    )  # three models, 4 prompts, 20 responses
+    rewards, n = torch.randn(4, 20, generator=g, dtype=torch.float64), 20_000
+    samples = torch.cat([of.exp().multinomial(n, True, generator=g) for of in exact], -1)  # [4, 3 n]
+    logps, earned = exact.gather(-1, samples.expand(3, -1, -1)), rewards.gather(-1, samples)
+    pair = exact[:2].gather(-1, samples[:, : 2 * n].expand(2, -1, -1))
+    for joint, mixture in zip(compare.joint_weights(pair), dro.mixture_weights(pair[1] - pair[0])):
+        assert torch.allclose(joint, mixture)
+    weights = compare.joint_weights(logps)
+    for k in (1, 2):
+        sampled, whole = dro.frontier(weights[0], weights[k], earned), dro.frontier(exact[0], exact[k], rewards)
+        assert sampled.kl == pytest.approx(whole.kl, rel=0.02)
+        assert sampled.efficiency == pytest.approx(whole.efficiency, abs=0.02)
 
 
 @pytest.mark.parametrize("seeds", [0, -1])
