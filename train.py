@@ -114,14 +114,14 @@ CHOICES = {
 LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
 BEST = {  # default learning rate and strength: most reward in `python -m experiments.compare --grid`, results/grid.json
     "lire": {"lr": 1e-3, "temperature": 4.0, "sft_weight": 0.1},
-    "dro": {"lr": 5e-4, "tau": 0.2},
-    "dro-p": {"lr": 5e-4, "tau": 0.2},
+    "dro": {"lr": 1e-3, "tau": 0.1},
+    "dro-p": {"lr": 1e-3, "tau": 0.1},
     "dpo": {"lr": 2e-4, "beta": 0.03},
     "ipo": {"lr": 1e-3, "beta": 0.03},
     "pl-dpo": {"lr": 1e-3, "beta": 0.3},
     "kto": {"lr": 1e-3, "beta": 1.0},
-    "rrhf": {"lr": 1e-3, "sft_weight": 3.0},
-    "slic": {"lr": 1e-3, "sft_weight": 0.3},
+    "rrhf": {"lr": 1e-3, "sft_weight": 30.0},
+    "slic": {"lr": 1e-3, "sft_weight": 3.0},
     "pro": {"lr": 1e-3, "sft_weight": 0.15},
     "sft": {"lr": 5e-4},  # of no step: the reference has a rate of its own
 }

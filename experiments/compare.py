@@ -69,11 +69,11 @@ def grid_rows() -> dict:
 
 
 @torch.no_grad()
-def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
+def plane(configs: dict, split: str, n: int) -> tuple[dict, list, dict]:
     """The policies of one seed's finished cells, with their reference, over prompts of `split` (heldout, train).
 
-    Args: configs {row: Config}, alike in all that makes task and reference. Returns: {row: metrics}; the frontier, (KL, reward)
-    pairs; metrics of the reference. A cell that failed has no metrics.
+    Args: configs {row: Config}, alike in all that makes task and reference; n: samples a prompt of each model.
+    Returns: {row: metrics}; the frontier, (KL, reward) pairs; metrics of the reference. A cell that failed has no metrics.
     """
     folders = {row: cells.folder_of(c) for row, c in configs.items()}
     saved = {row: json.loads((f / "metrics.json").read_text()) for row, f in folders.items()}
@@ -81,7 +81,7 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
     if not alive:
         return {}, [], {}
     c = train.resolve(next(iter(configs.values())))
-    world, n = train.make_world(c), 2 * c.eval_samples
+    world = train.make_world(c)
     examples = getattr(world, split)
     examples = random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     weights = [torch.load(next(iter(alive.values())) / "reference.pt", map_location=c.device, weights_only=True)]
@@ -97,12 +97,18 @@ def plane(configs: dict, split: str) -> tuple[dict, list, dict]:
         lists.append(
             train.sample_lists(c, world, model, examples, n, train.rng(c.seed, "plane", split, k, device=c.device))
         )
-    pool = train.with_responses(examples, [sum(of_prompt, []) for of_prompt in zip(*lists)])  # K n responses a prompt
-    rewards = torch.tensor([train.rewarded(world, e.prompt, e.response_ids) for e in pool], dtype=torch.float64)
-    logps = []
+    drawn = [[tuple(y) for ys in of_prompt for y in ys] for of_prompt in zip(*lists)]  # K n responses a prompt
+    distinct = [{y: i for i, y in enumerate(dict.fromkeys(ys))} for ys in drawn]  # the same answer is scored once
+    pool = train.with_responses(examples, [[list(y) for y in of] for of in distinct])
+
+    def of_each(values):
+        """[B, K n] from a value of every distinct response."""
+        return torch.tensor([[v[of[y]] for y in ys] for v, of, ys in zip(values, distinct, drawn)], dtype=torch.float64)
+
+    rewards, logps = of_each([train.rewarded(world, e.prompt, e.response_ids) for e in pool]), []
     for w in weights:
         model.load_state_dict(w)
-        logps.append(torch.tensor(train.score_examples(c, world, model, pool), dtype=torch.float64))
+        logps.append(of_each(train.score_examples(c, world, model, pool)))
     logps = torch.stack(logps)  # [K, B, K n]
     log_weights = joint_weights(logps)
     reference, found = own_metrics(lists[0], logps[0], logps[0], rewards, 0, n), {}
@@ -130,9 +136,9 @@ def joint_weights(logps):
     return (logps - logps.logsumexp(0)).log_softmax(-1)
 
 
-def grid_plane(configs: dict) -> tuple[dict, list, dict]:
+def grid_plane(configs: dict, n: int) -> tuple[dict, list, dict]:
     """plane() on training prompts, each policy with the reference alone: 81 policies are too many to score one another's samples."""
-    planes = [plane({row: c}, "train") for row, c in configs.items()]
+    planes = [plane({row: c}, "train", n) for row, c in configs.items()]
     references = [reference for _, _, reference in planes if reference]
     return {row: m for found, _, _ in planes for row, m in found.items()}, [], next(iter(references), {})
 
@@ -260,7 +266,8 @@ def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evol
         {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()} for seed in range(seeds)
     ]
     cells.run([c for of_seed in configs for c in of_seed.values()], jobs)
-    planes = [grid_plane(of_seed) if grid else plane(of_seed, "heldout") for of_seed in configs]
+    n = common["eval_samples"]
+    planes = [grid_plane(of_seed, n) if grid else plane(of_seed, "heldout", 2 * n) for of_seed in configs]
     if not all(found for found, _, _ in planes):
         raise train.ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     results = {
