@@ -1,8 +1,8 @@
 """Every objective on one plane with the optimum: reward against KL to the reference, on held-out prompts.
 
-    python -m experiments.compare                     every objective, 3 seeds: about 40 minutes on two cores
+    python -m experiments.compare                     every objective, 3 seeds: half an hour on two cores
     python -m experiments.compare --quick             one strength each, one seed, a short training: 3 minutes
-    python -m experiments.compare --grid              3 learning rates x 3 strengths of each, judged on training prompts
+    python -m experiments.compare --grid              3 learning rates x 3 strengths of each, judged on training prompts: an hour
 
 All start from the same reference and the same first pool, its samples, and make the same number of updates; the four later pools
 of the same size are each policy's own (with --evolve 1 there is the first alone: offline, everyone on the same responses). For
