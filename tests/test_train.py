@@ -673,7 +673,7 @@ def test_dro_and_kto_resume_to_the_same_bits(tmp_path, monkeypatch, own):
 
 
 def test_networks_are_apart_unless_shared_and_each_is_clipped_by_itself(tmp_path):
-    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, value_lr=1e-2)
+    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, lr=5e-4, value_lr=1e-2)
     policy, value = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
     assert not policy & value and policy == {id(p) for p in state.policy.parameters()}
     assert [group["peak"] for group in state.optimizer.param_groups] == [5e-4, 1e-2]
