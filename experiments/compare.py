@@ -45,7 +45,7 @@ STRENGTHS = {
 THREE = ("lire", "dro", "dpo", "kto")  # of these the comparison shows all three strengths, of the others the default
 RATES = (2e-4, 5e-4, 1e-3)
 COMMON = {"evolve": 5, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
-QUICK = {"evolve": 2, "steps": 40, "eval_prompts": 16, "eval_samples": 16, "reference_steps": 300}
+QUICK = {"evolve": 2, "steps": 80, "eval_prompts": 16, "eval_samples": 32, "reference_steps": 300}
 COLUMNS = "policy_reward win_rate kl efficiency policy_length policy_distinct entropy seconds".split()
 
 
