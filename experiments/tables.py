@@ -7,7 +7,7 @@ evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 
 objective   the authors' T, rewards and score against others                  3 seeds
 shuffled    dialogue trained on shuffled prompts                              3 seeds
 dro         DRO and KTO on dialogue: reference samples, pools of the policy   5 seeds
-dro-t5      reference samples on the T5                                       3 seeds
+dro-t5      reference samples on the T5                                       5 seeds
 dro-logged  the same on the task's own logged responses                       5 seeds
 dro-tried   DRO at tau 0.5: what brings it nearer to the optimum              1 seed
 dro-ablations   DRO's tau, value network and learning rates                   3 seeds
@@ -105,7 +105,7 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
         ),
     ),
     "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
-    "dro-t5": (DRO, 3, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
+    "dro-t5": (DRO, 5, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
     "dro-logged": (DRO, 5, {row: {**settings, "evolve": 0} for row, settings in {**DRO_ROWS, **KTO_ROWS}.items()}),
     "dro-tried": (
         DRO,
