@@ -597,9 +597,7 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
         loss = loss if len(loss) else torch.where(mask, logps, 0.0).sum(-1) * 0
         return {"loss/rank": loss, "loss/sft": sft} if c.objective == "slic" and c.sft_weight else loss
     if c.objective == "pl-dpo":  # equal rewards have no order: a list of them alone teaches nothing
-        unlike = (
-            rewards.masked_fill(~mask, -torch.inf).amax(-1) > rewards.masked_fill(~mask, torch.inf).amin(-1)
-        ).float()
+        unlike = best_and_worst(batch)[2]
         return unlike * baselines.plackett_luce_loss(logps, batch.ref_logps, rewards, mask, c.beta)
     if c.objective == "rrhf":
         return baselines.rrhf_loss(logps, lengths, rewards, mask) + sft
@@ -618,16 +616,22 @@ def listwise_scores(c: Config, logps, batch):
     return logps / batch.response_mask.sum(-1).clamp_min(1) if c.score == "mean" else logps
 
 
+def best_and_worst(batch):
+    """Indices [B] of the best and the worst candidate of every list, and [B] bool: do they differ in reward?"""
+    mask, rewards = batch.candidate_mask, batch.rewards
+    best = rewards.masked_fill(~mask, -torch.inf).argmax(-1)
+    worst = rewards.masked_fill(~mask, torch.inf).argmin(-1)
+    rows = torch.arange(len(mask), device=mask.device)
+    return best, worst, rewards[rows, best] > rewards[rows, worst]
+
+
 def preference_pairs(c: Config, batch):
     """Indices [N] of list, chosen and rejected candidate: best against worst of every list, or all pairs of unlike reward."""
+    if c.pairs == "best-worst":
+        best, worst, unlike = best_and_worst(batch)
+        return unlike.nonzero()[:, 0], best[unlike], worst[unlike]
     mask, rewards = batch.candidate_mask, batch.rewards
     better = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # [B, chosen, rejected]
-    if c.pairs == "best-worst":
-        best = rewards.masked_fill(~mask, -torch.inf).argmax(-1)
-        worst = rewards.masked_fill(~mask, torch.inf).argmin(-1)
-        rows = torch.arange(len(mask), device=mask.device)
-        rows = rows[better[rows, best, worst]]
-        return rows, best[rows], worst[rows]
     return better.nonzero(as_tuple=True)
 
 
@@ -654,17 +658,17 @@ def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     implied = strength * (logps - batch.ref_logps)  # [B, M]
     m = {name: part.mean() for name, part in losses.items()} if isinstance(losses, dict) else {}
     if mask.sum(-1).max() > 1:
-        best = rewards.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
-        worst = rewards.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
-        unlike = rewards.gather(-1, best) > rewards.gather(-1, worst)  # of lists without a tie or a single response
-        chosen, rejected = (implied.gather(-1, x)[unlike] for x in (best, worst))
+        best, worst, unlike = best_and_worst(batch)  # a tie or a single response is no comparison
+        rows = unlike.nonzero()[:, 0]
+        best, worst = (rows, best[unlike]), (rows, worst[unlike])
+        chosen, rejected = implied[best], implied[worst]
         m |= {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).float(),
-            "logps/chosen": logps.gather(-1, best)[unlike],
-            "logps/rejected": logps.gather(-1, worst)[unlike],
+            "logps/chosen": logps[best],
+            "logps/rejected": logps[worst],
         }
     if c.objective == "lire":
         P = lire.candidate_probs(listwise_scores(c, logps, batch), mask, c.temperature)
@@ -1259,9 +1263,8 @@ def evaluate(c: Config, world: World, state: State, reference) -> tuple[dict, li
 def main(config: Config) -> dict:
     """One whole run; see the top of this file. Returns the metrics, which are also in out/<run>/metrics.json.
 
-    Raises: ConfigError, data.DataError with one line for the user, before anything is written, but for a task whose first
-    pool has nothing to learn; FloatingPointError where
-    training left the finite numbers (the last good checkpoint is kept).
+    Raises: ConfigError, data.DataError with one line for the user, before anything is written, but for a task whose
+    first pool has nothing to learn; FloatingPointError where training left the finite numbers (the last good checkpoint is kept).
     """
     from experiments import figures  # pictures are drawn from the files of a run, not by it
 
