@@ -19,7 +19,9 @@ def _wide(*tensors):
 def _check(shape, *tensors, dims):
     if len(shape) != dims or any(t.shape != shape for t in tensors):
         expected = "[N]" if dims == 1 else "[B, M]"
-        raise ValueError(f"expected {expected} tensors of one shape, got {[tuple(t.shape) for t in tensors]}")
+        raise ValueError(
+            f"expected {expected} tensors of one shape, got {[tuple(t.shape) for t in tensors]}"
+        )
 
 
 def _positive(name, value):
@@ -33,7 +35,9 @@ def _best_first(mask, rewards, *tensors):
         raise ValueError(f"expected a bool mask, got {mask.dtype}")
     _check(mask.shape, mask, rewards, *tensors, dims=2)
     order = rewards.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return mask.gather(-1, order), *(torch.where(mask, t, 0).gather(-1, order) for t in (rewards, *tensors))
+    return mask.gather(-1, order), *(
+        torch.where(mask, t, 0).gather(-1, order) for t in (rewards, *tensors)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pairs
@@ -51,7 +55,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     >>> dpo_loss(one(-2.0), one(-5.0), one(-3.0), one(-4.0), 0.5)              # log(1 + exp(-0.5 * 2))
     tensor([0.3133])
     """
-    return -F.logsigmoid(beta * _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta))
+    return -F.logsigmoid(
+        beta * _margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    )
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -114,7 +120,9 @@ def plackett_luce_loss(logps, ref_logps, rewards, mask, beta):
     """
     _positive("beta", beta)
     mask, _, logps, ref_logps = _best_first(mask, *_wide(rewards, logps, ref_logps))
-    h = (beta * (logps - ref_logps)).masked_fill(~mask, -1e30)  # behind the real ones, and no -inf: that would give nan
+    h = (beta * (logps - ref_logps)).masked_fill(
+        ~mask, -1e30
+    )  # behind the real ones, and no -inf: that would give nan
     rest = h.flip(-1).logcumsumexp(-1).flip(-1)  # log-sum-exp of this and all worse candidates
     return torch.where(mask, rest - h, 0.0).sum(-1)
 
@@ -133,8 +141,12 @@ def rrhf_loss(logps, lengths, rewards, mask):
     tensor([2.])
     """
     mask, rewards, scores = _scores_best_first(logps, lengths, rewards, mask)
-    worse = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # [B, better, worse]
-    return torch.where(worse, (scores[:, None, :] - scores[:, :, None]).clamp_min(0), 0.0).sum((-2, -1))
+    worse = (
+        (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    )  # [B, better, worse]
+    return torch.where(worse, (scores[:, None, :] - scores[:, :, None]).clamp_min(0), 0.0).sum(
+        (-2, -1)
+    )
 
 
 def pro_loss(logps, lengths, rewards, mask):
@@ -153,12 +165,16 @@ def pro_loss(logps, lengths, rewards, mask):
     mask, rewards, scores = _scores_best_first(logps, lengths, rewards, mask)
     M = mask.shape[-1]
     later = (
-        torch.ones(M, M, dtype=torch.bool, device=mask.device).triu(1) & mask[:, None, :] & mask[:, :, None]
+        torch.ones(M, M, dtype=torch.bool, device=mask.device).triu(1)
+        & mask[:, None, :]
+        & mask[:, :, None]
     )  # [B, k, i]
     t = torch.where(later, rewards[:, :, None] - rewards[:, None, :], 0.0)
     own = t.amax(-1) * scores  # [B, k]
     others = (t * scores[:, None, :]).masked_fill(~later, -torch.inf)
-    return torch.where(later.any(-1), torch.cat([own[..., None], others], -1).logsumexp(-1) - own, 0.0).sum(-1)
+    return torch.where(
+        later.any(-1), torch.cat([own[..., None], others], -1).logsumexp(-1) - own, 0.0
+    ).sum(-1)
 
 
 def _scores_best_first(logps, lengths, rewards, mask):
@@ -186,7 +202,11 @@ def kto_loss(logps, ref_logps, desirable, mismatched_logps, mismatched_ref_logps
     tensor([0.4875])
     """
     _positive("beta", beta)
-    if logps.dim() != 1 or not logps.shape == ref_logps.shape == desirable.shape or desirable.dtype != torch.bool:
+    if (
+        logps.dim() != 1
+        or not logps.shape == ref_logps.shape == desirable.shape
+        or desirable.dtype != torch.bool
+    ):
         raise ValueError(
             f"expected logps, ref_logps and bool desirable [N], got {tuple(logps.shape)}, {tuple(ref_logps.shape)} and "
             f"{desirable.dtype} {tuple(desirable.shape)}"
@@ -195,7 +215,9 @@ def kto_loss(logps, ref_logps, desirable, mismatched_logps, mismatched_ref_logps
         raise ValueError(
             f"expected mismatched log-probs [K], got {tuple(mismatched_logps.shape)} and {tuple(mismatched_ref_logps.shape)}"
         )
-    logps, ref_logps, other, other_ref = _wide(logps, ref_logps, mismatched_logps.detach(), mismatched_ref_logps)
+    logps, ref_logps, other, other_ref = _wide(
+        logps, ref_logps, mismatched_logps.detach(), mismatched_ref_logps
+    )
     z = beta * (other - other_ref).mean().clamp_min(0) if len(other) else 0.0
     margins = beta * (logps - ref_logps) - z
     return 1 - torch.sigmoid(torch.where(desirable, margins, -margins))

@@ -37,7 +37,9 @@ class Task:
 
     name: str
     prompts: dict[str, list[str]]
-    logged: list[dict]  # Records: mixed-quality responses to the training prompts, to train the reference on
+    logged: list[
+        dict
+    ]  # Records: mixed-quality responses to the training prompts, to train the reference on
     reward: Callable[[str, str], float]
     max_response: int  # tokens, EOS included
     parts: Callable[[str, str], dict[str, float]] = field(
@@ -73,7 +75,9 @@ PLACES = [
     for a in "Ash Bram Cor Dun El Fern Glen Hol Kel Lyn Mar Nor Os Pen Rad Stan Tar Ux Wal York".split()
     for b in "by cot dale den ford ham ley mere port stow ton wick".split()
 ]
-NEW_PLACES = [PLACES[12 * i + 5 * i % 12] for i in range(20)]  # one of each first syllable: never trained on
+NEW_PLACES = [
+    PLACES[12 * i + 5 * i % 12] for i in range(20)
+]  # one of each first syllable: never trained on
 OLD_PLACES = [place for place in PLACES if place not in NEW_PLACES]
 
 QUESTIONS = [
@@ -95,7 +99,11 @@ KINDS = [  # things, words that praise them, words that blame them: half of the 
 SENTIMENT = {}  # thing -> {adjective: value}
 for things, praise, blame in KINDS:
     for thing in things.split():
-        SENTIMENT[thing] = {**GENERAL, **{w: 1.0 for w in praise.split()}, **{w: -1.0 for w in blame.split()}}
+        SENTIMENT[thing] = {
+            **GENERAL,
+            **{w: 1.0 for w in praise.split()},
+            **{w: -1.0 for w in blame.split()},
+        }
 DEGREE = {"very": 1.5, "rather": 0.5}
 PHRASE = re.compile(r"(not )?(?:(very|rather) )?([a-z]+)")
 
@@ -112,7 +120,9 @@ def dialogue(rng) -> Task:
         place, thing = re.search(r"the (\w+) (\w+)", prompt).groups()
         sentiment, named = SENTIMENT[thing], f"The {place} {thing} was "
         clauses = response.strip().removeprefix(named).split(". It was ")
-        if not (response.strip().startswith(named) and clauses[-1].endswith(".") and len(clauses) <= 3):
+        if not (
+            response.strip().startswith(named) and clauses[-1].endswith(".") and len(clauses) <= 3
+        ):
             return 0.0
         clauses[-1] = clauses[-1][:-1]
         total, used = 0.0, set()
@@ -121,7 +131,9 @@ def dialogue(rng) -> Task:
             if not phrase or phrase[3] not in sentiment:
                 return 0.0
             if phrase[3] not in used:
-                total += sentiment[phrase[3]] * DEGREE.get(phrase[2], 1.0) * (-0.5 if phrase[1] else 1.0)
+                total += (
+                    sentiment[phrase[3]] * DEGREE.get(phrase[2], 1.0) * (-0.5 if phrase[1] else 1.0)
+                )
             used.add(phrase[3])
         return round(5 + 3 * total / len(clauses), 6)
 
@@ -133,7 +145,9 @@ def dialogue(rng) -> Task:
             degree = rng.choice(["", "", "very ", "rather "])
             clauses.append(("not " if negated else "") + degree + rng.choice(words))
         if rng.random() < 1 / 60:  # off topic: a word that does not fit the thing
-            clauses[-1] = rng.choice(sorted({w for s in SENTIMENT.values() for w in s} - set(SENTIMENT[thing])))
+            clauses[-1] = rng.choice(
+                sorted({w for s in SENTIMENT.values() for w in s} - set(SENTIMENT[thing]))
+            )
         if rng.random() < 1 / 60:  # another subject
             place = rng.choice(OLD_PLACES)
         text = f"The {place} {thing} was " + ". It was ".join(clauses) + "."
@@ -149,20 +163,26 @@ def dialogue(rng) -> Task:
             if (i + j) % 8:  # an eighth of all pairs
                 continue
             share = (0.06, 0.3, 0.7, 0.94)[i % 4] + (0.04 if j % 16 < 8 else -0.04)
-            *train, heldout = [QUESTIONS[(i + j // 8 + k) % 6].format(f"{place} {thing}") for k in range(3)]
+            *train, heldout = [
+                QUESTIONS[(i + j // 8 + k) % 6].format(f"{place} {thing}") for k in range(3)
+            ]
             prompts["train"] += train
             prompts["heldout"].append(heldout)
             for prompt in train:
                 texts = [answer(place, thing, share) for _ in range(4)]
-                logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
+                logged.append(
+                    {
+                        "prompt": prompt,
+                        "responses": texts,
+                        "rewards": [reward(prompt, t) for t in texts],
+                    }
+                )
         for j, place in enumerate(NEW_PLACES):
             prompts["ood"].append(QUESTIONS[(i + j) % 6].format(f"{place} {thing}"))
     return Task("dialogue", prompts, logged, reward, max_response=32)
 
 
-THINGS = (
-    "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge zoo tower".split()
-)
+THINGS = "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge zoo tower".split()
 FACTS = ["There is a {}.", "We saw the {}.", "They have a {}.", "I liked the {}."]
 DENIALS = ["There is no {}.", "We missed the {}.", "They closed the {}."]
 NOISE = ["Sorry for the long post.", "It may rain again.", "Thanks for reading."]
@@ -206,17 +226,27 @@ def summary(rng) -> Task:
 
     def tldr(prompt):
         facts, place = facts_of(prompt), re.search(r"to (\w+)\.", prompt)[1]
-        claims = [rng.choice(THINGS if rng.random() < 1 / 8 else facts) for _ in range(rng.randint(1, 5))]
+        claims = [
+            rng.choice(THINGS if rng.random() < 1 / 8 else facts) for _ in range(rng.randint(1, 5))
+        ]
         claims = [rng.choice(FILLER) if rng.random() < 0.15 else c for c in claims]
-        return f"{rng.choice(OLD_PLACES) if rng.random() < 1 / 24 else place}: " + ", ".join(claims) + "."
+        return (
+            f"{rng.choice(OLD_PLACES) if rng.random() < 1 / 24 else place}: "
+            + ", ".join(claims)
+            + "."
+        )
 
     world = random.Random(0)  # the posts are the same in every run
     splits = {"train": (OLD_PLACES, 3000), "heldout": (OLD_PLACES, 300), "ood": (NEW_PLACES, 300)}
-    prompts = {split: [post(world, places) for _ in range(n)] for split, (places, n) in splits.items()}
+    prompts = {
+        split: [post(world, places) for _ in range(n)] for split, (places, n) in splits.items()
+    }
     logged = []
     for prompt in prompts["train"]:
         texts = [tldr(prompt) for _ in range(4)]
-        logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
+        logged.append(
+            {"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]}
+        )
     return Task("summary", prompts, logged, reward, max_response=32, parts=parts)
 
 
@@ -258,18 +288,33 @@ def tiny(rng) -> Task:
         prompts["heldout"].append(heldout)
         for prompt in train * 4:
             texts = [
-                " ".join(rng.choice(fits.split() if rng.random() < 0.2 else WORDS) for _ in range(rng.randint(1, 3)))
+                " ".join(
+                    rng.choice(fits.split() if rng.random() < 0.2 else WORDS)
+                    for _ in range(rng.randint(1, 3))
+                )
                 for _ in range(8)
             ]
-            logged.append({"prompt": prompt, "responses": texts, "rewards": [reward(prompt, t) for t in texts]})
+            logged.append(
+                {
+                    "prompt": prompt,
+                    "responses": texts,
+                    "rewards": [reward(prompt, t) for t in texts],
+                }
+            )
     return Task("tiny", prompts, logged, reward, max_response=4, words=WORDS)
 
 
 def tiny_ranks() -> dict[bytes, int]:
     """The fixed vocabulary of tiny: 256 bytes, then every word of its prompts and responses as one token."""
-    words = sorted({w for q in ASK for w in re.findall(SPLIT, q.format(""))} | {" " + w for w in [*FITS, *WORDS]})
+    words = sorted(
+        {w for q in ASK for w in re.findall(SPLIT, q.format(""))}
+        | {" " + w for w in [*FITS, *WORDS]}
+    )
     return {
-        token: i for i, token in enumerate([bytes([b]) for b in range(256)] + [w.encode() for w in words if len(w) > 1])
+        token: i
+        for i, token in enumerate(
+            [bytes([b]) for b in range(256)] + [w.encode() for w in words if len(w) > 1]
+        )
     }
 
 
@@ -319,7 +364,9 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise DataError(f"{type(row).__name__} instead of an object, expected {CANONICAL}")
+                    raise DataError(
+                        f"{type(row).__name__} instead of an object, expected {CANONICAL}"
+                    )
                 parse = parse or _recognised(row)
                 record = _plain(parse(row))
             except DataError as e:
@@ -328,7 +375,11 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
                 raise DataError(
                     f"{path}:{number}: not JSON ({getattr(e, 'msg', e)}), expected one object a line"
                 ) from None
-            if record["prompt"].strip() and record["responses"] and all(r.strip() for r in record["responses"]):
+            if (
+                record["prompt"].strip()
+                and record["responses"]
+                and all(r.strip() for r in record["responses"])
+            ):
                 found.append(record)
             else:
                 dropped.append(number)
@@ -357,20 +408,28 @@ def load(paths, limit: int = 0, say=print) -> list[dict]:
 
 COPA = '{"p": str, "asks-for": "cause" or "effect", "a1": str, "a2": str, "most-plausible-alternative": 1 or 2, "human-explanations": [...]}'
 CANONICAL = '{"prompt": str, "responses": [str, ...], "rewards": [number, ...]}'
-SINGLE = '{"prompt": str, "response": str, "reward": number}, or "label": true or false for the reward'
+SINGLE = (
+    '{"prompt": str, "response": str, "reward": number}, or "label": true or false for the reward'
+)
 
 
 def _recognised(row):
     if "human-explanations" in row:
         return _copa
-    return _single if "responses" not in row and ("response" in row or "completion" in row) else _canonical
+    return (
+        _single
+        if "responses" not in row and ("response" in row or "completion" in row)
+        else _canonical
+    )
 
 
 def _grouped(records):
     """One list a prompt, in the order of first appearance."""
     lists = {}
     for r in records:
-        found = lists.setdefault(r["prompt"], {"prompt": r["prompt"], "responses": [], "rewards": []})
+        found = lists.setdefault(
+            r["prompt"], {"prompt": r["prompt"], "responses": [], "rewards": []}
+        )
         found["responses"] += r["responses"]
         found["rewards"] += r["rewards"]
     return list(lists.values())
@@ -384,7 +443,9 @@ def _lines(path):
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as e:
-                    raise DataError(f"{path}:{number}: byte {e.start} is not UTF-8, expected UTF-8 text") from None
+                    raise DataError(
+                        f"{path}:{number}: byte {e.start} is not UTF-8, expected UTF-8 text"
+                    ) from None
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(
             f"{path}:1: {getattr(e, 'strerror', None) or e}, expected a readable .jsonl or .jsonl.gz file"
@@ -394,7 +455,10 @@ def _lines(path):
 def _plain(record):
     """Lone surrogates, legal in JSON and in nothing else, become question marks."""
     clean = lambda text: text.encode("utf-8", "replace").decode()
-    return record | {"prompt": clean(record["prompt"]), "responses": [clean(r) for r in record["responses"]]}
+    return record | {
+        "prompt": clean(record["prompt"]),
+        "responses": [clean(r) for r in record["responses"]],
+    }
 
 
 def _need(row, name, kind, what, form=None):
@@ -406,7 +470,9 @@ def _need(row, name, kind, what, form=None):
 
 
 def _number(x, where):
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= 1e30:  # float32 and its squares
+    if (
+        isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= 1e30
+    ):  # float32 and its squares
         raise DataError(f"{where} is {x!r}, expected a finite number (up to 1e30)")
     return float(x)
 
@@ -420,7 +486,9 @@ def _canonical(row):
     if not all(isinstance(r, str) for r in responses):
         raise DataError("'responses' holds something else than strings, expected a list of strings")
     if len(responses) != len(rewards):
-        raise DataError(f"{len(responses)} responses and {len(rewards)} rewards, expected as many rewards as responses")
+        raise DataError(
+            f"{len(responses)} responses and {len(rewards)} rewards, expected as many rewards as responses"
+        )
     return {
         "prompt": prompt,
         "responses": responses,
@@ -436,13 +504,19 @@ def _single(row):
         thumb = row["label"]
         if not isinstance(thumb, bool):
             if not isinstance(thumb, (int, float)):
-                raise DataError(f"'label' is {thumb!r}, expected true or false, or a number (thumbs up above 0)")
+                raise DataError(
+                    f"'label' is {thumb!r}, expected true or false, or a number (thumbs up above 0)"
+                )
             thumb = _number(thumb, "'label'") > 0
         value = 1.0 if thumb else -1.0
     else:
         value = _number(_need(row, reward, object, "a number", SINGLE), f"{reward!r}")
     text = _need(row, name("response", "completion"), str, "a string", SINGLE)
-    return {"prompt": _need(row, "prompt", str, "a string", SINGLE), "responses": [text], "rewards": [value]}
+    return {
+        "prompt": _need(row, "prompt", str, "a string", SINGLE),
+        "responses": [text],
+        "rewards": [value],
+    }
 
 
 def _copa(row):
@@ -456,10 +530,15 @@ def _copa(row):
     question = "Why?" if asks == "cause" else "So what?"
     rated = _need(row, "human-explanations", list, "a list of explanations")
     if not all(isinstance(e, dict) for e in rated):
-        raise DataError("'human-explanations' holds something else than objects, expected explanations")
+        raise DataError(
+            "'human-explanations' holds something else than objects, expected explanations"
+        )
     return {
         "prompt": f"{_need(row, 'p', str, 'a string', COPA)} {question} {_need(row, 'a' + right, str, 'a string', COPA)}",
-        "responses": [_need(e, "text", str, "a string", '{"text": str, "filtered-avg-rating": number}') for e in rated],
+        "responses": [
+            _need(e, "text", str, "a string", '{"text": str, "filtered-avg-rating": number}')
+            for e in rated
+        ],
         "rewards": [
             _number(e.get("filtered-avg-rating"), f"filtered-avg-rating of explanation {i + 1}")
             for i, e in enumerate(rated)
@@ -467,13 +546,19 @@ def _copa(row):
     }
 
 
-KINDS_OF_DATA = {_canonical: "canonical lists", _copa: "COPA-SSE lists", _single: "single responses"}
+KINDS_OF_DATA = {
+    _canonical: "canonical lists",
+    _copa: "COPA-SSE lists",
+    _single: "single responses",
+}
 
 
 def split(records, share: float = 0.1):
     """Train and held-out lists: a prompt is held out by a hash of its text, so the same prompt always falls on the same side."""
     held = [
-        int(hashlib.sha256(r["prompt"].encode("utf-8", "replace")).hexdigest()[:8], 16) < share * 2**32 for r in records
+        int(hashlib.sha256(r["prompt"].encode("utf-8", "replace")).hexdigest()[:8], 16)
+        < share * 2**32
+        for r in records
     ]
     return [r for r, h in zip(records, held) if not h], [r for r, h in zip(records, held) if h]
 
@@ -498,7 +583,9 @@ def train_bpe(texts, vocab_size: int, max_bytes: int = 20_000_000) -> dict[bytes
     [b'aa', b'ab']
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size {vocab_size}: a byte-level vocabulary needs at least 256 bytes and EOS")
+        raise ValueError(
+            f"vocab_size {vocab_size}: a byte-level vocabulary needs at least 256 bytes and EOS"
+        )
     counts, size = Counter(), 0
     for text in texts:
         size += len(text.encode("utf-8", "replace"))
@@ -538,18 +625,27 @@ def train_bpe(texts, vocab_size: int, max_bytes: int = 20_000_000) -> dict[bytes
 def encoding(ranks: dict[bytes, int], name: str = "small") -> tiktoken.Encoding:
     """A tiktoken.Encoding of these ranks with EOS as the last id (`.eot_token`)."""
     return tiktoken.Encoding(
-        name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOS: len(ranks)}, explicit_n_vocab=len(ranks) + 1
+        name,
+        pat_str=SPLIT,
+        mergeable_ranks=ranks,
+        special_tokens={EOS: len(ranks)},
+        explicit_n_vocab=len(ranks) + 1,
     )
 
 
 def save_ranks(ranks: dict[bytes, int], path) -> None:
     """One `base64 rank` a line, tiktoken's own plain format."""
-    Path(path).write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
+    Path(path).write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    )
 
 
 def load_ranks(path) -> dict[bytes, int]:
     """Read `save_ranks`' file (tiktoken's own reader caches local files and may serve a stale one)."""
-    return {base64.b64decode(token): int(rank) for token, rank in map(str.split, Path(path).read_text().splitlines())}
+    return {
+        base64.b64decode(token): int(rank)
+        for token, rank in map(str.split, Path(path).read_text().splitlines())
+    }
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
@@ -577,7 +673,9 @@ class Example:
     ref_logps: list[float] | None = None
 
 
-def tokenize(records, enc, max_prompt: int = 0, max_response: int = 0, say=lambda line: None) -> list[Example]:
+def tokenize(
+    records, enc, max_prompt: int = 0, max_response: int = 0, say=lambda line: None
+) -> list[Example]:
     """Records to Examples. Prompt and response are encoded apart and joined as ids.
 
     Where neither side has white space at the seam, a space is put before the response. A long prompt loses its beginning
@@ -600,7 +698,10 @@ def tokenize(records, enc, max_prompt: int = 0, max_response: int = 0, say=lambd
             n += 1
         examples.append(
             Example(
-                record["prompt"], prompt_ids[-max_prompt:] if max_prompt else prompt_ids, responses, record["rewards"]
+                record["prompt"],
+                prompt_ids[-max_prompt:] if max_prompt else prompt_ids,
+                responses,
+                record["rewards"],
             )
         )
     if spaced:
@@ -634,17 +735,30 @@ def make_batch(examples, eos: int, device="cpu") -> Batch:
     """
     pad = lambda row, n, what: [*row, *[what] * (n - len(row))]
     M = max(len(e.response_ids) for e in examples)
-    S, R = max(len(e.prompt_ids) for e in examples), max(len(ids) for e in examples for ids in e.response_ids)
+    S, R = (
+        max(len(e.prompt_ids) for e in examples),
+        max(len(ids) for e in examples for ids in e.response_ids),
+    )
     prompt_ids = torch.tensor([pad(e.prompt_ids, S, eos) for e in examples])
     prompt_length = torch.tensor([len(e.prompt_ids) for e in examples])
     lists = [pad(e.response_ids, M, []) for e in examples]
     response_ids = torch.tensor([[pad(ids, R, eos) for ids in row] for row in lists])
-    response_mask = torch.arange(R) < torch.tensor([[len(ids) for ids in row] for row in lists])[..., None]
+    response_mask = (
+        torch.arange(R) < torch.tensor([[len(ids) for ids in row] for row in lists])[..., None]
+    )
     rewards, ref_logps = torch.tensor([pad(e.rewards, M, 0.0) for e in examples]), None
     if all(e.ref_logps is not None for e in examples):
         ref_logps = torch.tensor([pad(e.ref_logps, M, 0.0) for e in examples])
     prompt_mask = torch.arange(S) < prompt_length[:, None]
-    batch = prompt_ids, prompt_mask, response_ids, response_mask, response_mask[..., 0], rewards, ref_logps
+    batch = (
+        prompt_ids,
+        prompt_mask,
+        response_ids,
+        response_mask,
+        response_mask[..., 0],
+        rewards,
+        ref_logps,
+    )
     return Batch(*(None if t is None else t.to(device) for t in batch))
 
 

@@ -24,7 +24,9 @@ def _check(mask, *tensors):
 
 
 def _float(t):
-    return t if t.dtype == torch.float64 else t.float()  # half precision and integers are computed in float32
+    return (
+        t if t.dtype == torch.float64 else t.float()
+    )  # half precision and integers are computed in float32
 
 
 def candidate_probs(logps, mask, temperature):
@@ -120,7 +122,9 @@ def sft_loss(logps, lengths, rewards, mask):
     tensor([1.])
     """
     _check(mask, logps, lengths, rewards)
-    best = _float(rewards).masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)  # [B, 1], the first at a tie
+    best = (
+        _float(rewards).masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+    )  # [B, 1], the first at a tie
     return -(_float(logps).gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
 
 

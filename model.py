@@ -63,13 +63,18 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = nn.ModuleDict(
-            {"c_fc": nn.Linear(config.width, 4 * config.width), "c_proj": nn.Linear(4 * config.width, config.width)}
+            {
+                "c_fc": nn.Linear(config.width, 4 * config.width),
+                "c_proj": nn.Linear(4 * config.width, config.width),
+            }
         )
 
     def forward(self, x, past=None, mask=None):
         y, kv = self.attn(self.ln_1(x), past, mask)
         x = x + y
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")), kv
+        return x + self.mlp["c_proj"](
+            F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+        ), kv
 
 
 class PromptCache:
@@ -81,7 +86,9 @@ class PromptCache:
     def extend(self, k, v):
         """Append the responses' own keys and values [B * M, H, T, D/H]."""
         return tuple(
-            torch.cat([old[:, None].expand(-1, self.M, -1, -1, -1), new.unflatten(0, (-1, self.M))], 3).flatten(0, 1)
+            torch.cat(
+                [old[:, None].expand(-1, self.M, -1, -1, -1), new.unflatten(0, (-1, self.M))], 3
+            ).flatten(0, 1)
             for old, new in ((self.k, k), (self.v, v))
         )
 
@@ -124,8 +131,13 @@ class GPT(nn.Module):
             0.02 * (768 / config.width) ** 0.5
         )  # GPT-2's 0.02 at GPT-2's width; a narrow model learns to copy far sooner
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # residual projections start smaller, so that the sum over layers keeps its size
-                nn.init.normal_(p, std=std / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else std)
+            if (
+                p.dim() == 2
+            ):  # residual projections start smaller, so that the sum over layers keeps its size
+                nn.init.normal_(
+                    p,
+                    std=std / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else std,
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -134,7 +146,9 @@ class GPT(nn.Module):
         x = self.wte(prompt_ids) + self.wpe.weight[: prompt_ids.shape[1]]  # [B, S, D]
         cache = []
         for block in self.h:
-            x, kv = block(x)  # padding stands on the right, so a causal mask already hides it from real tokens
+            x, kv = block(
+                x
+            )  # padding stands on the right, so a causal mask already hides it from real tokens
             cache.append(kv)
         return x, cache
 
@@ -151,7 +165,9 @@ class GPT(nn.Module):
         """
         (B, S), (_, M, R) = prompt_ids.shape, response_ids.shape
         if S + R > self.config.context:
-            raise ValueError(f"prompt and response need {S} + {R} tokens, the model reads {self.config.context}")
+            raise ValueError(
+                f"prompt and response need {S} + {R} tokens, the model reads {self.config.context}"
+            )
         x, cache = self.read_prompt(prompt_ids)
         length = prompt_mask.sum(1)  # [B]
         first = x[torch.arange(B, device=x.device), length - 1]  # [B, D]
@@ -160,10 +176,16 @@ class GPT(nn.Module):
             return self.ln_f(first)
         T = R - 1  # the last token predicts nothing, so it need not be read
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        mask = torch.cat([prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)], -1)  # [B, T, S + T]
+        mask = torch.cat(
+            [prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)], -1
+        )  # [B, T, S + T]
         mask = mask[:, None, None].expand(B, M, 1, T, S + T).flatten(0, 1)  # [B * M, 1, T, S + T]
-        positions = length[:, None] + torch.arange(T, device=x.device)  # [B, T], padding not counted
-        y = (self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]).flatten(0, 1)  # [B * M, T, D]
+        positions = length[:, None] + torch.arange(
+            T, device=x.device
+        )  # [B, T], padding not counted
+        y = (self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]).flatten(
+            0, 1
+        )  # [B * M, T, D]
         for block, kv in zip(self.h, cache):
             y, _ = block(y, PromptCache(*kv, M), mask)
         return self.ln_f(torch.cat([first, y.unflatten(0, (B, M)).to(first.dtype)], 2))
@@ -227,7 +249,9 @@ class T5Config:
     head_width: int = 32
     mlp_width: int = 256
     eos: int = 511  # the token that ends a response
-    start: int = 512  # what the decoder reads first: T5's padding id, or one id more than the vocabulary
+    start: int = (
+        512  # what the decoder reads first: T5's padding id, or one id more than the vocabulary
+    )
 
 
 def position_bucket(relative, bidirectional: bool):
@@ -242,7 +266,11 @@ def position_bucket(relative, bidirectional: bool):
     buckets = BUCKETS // 2 if bidirectional else BUCKETS
     distance = relative.abs() if bidirectional else (-relative).clamp_min(0)
     near = buckets // 2
-    far = (distance.clamp_min(1).float() / near).log() / math.log(MAX_DISTANCE / near) * (buckets - near)
+    far = (
+        (distance.clamp_min(1).float() / near).log()
+        / math.log(MAX_DISTANCE / near)
+        * (buckets - near)
+    )
     bucket = torch.where(distance < near, distance, (near + far.long()).clamp_max(buckets - 1))
     return bucket + buckets * (relative > 0) if bidirectional else bucket
 
@@ -267,7 +295,9 @@ class T5Attention(nn.Module):
 
     def forward(self, x, keys_values, mask):
         """x [N, T, D]; mask: bool, or a number that is added to every score (N, H, T, keys)."""
-        y = F.scaled_dot_product_attention(self.split(self.q(x)), *keys_values, attn_mask=mask, scale=1.0)
+        y = F.scaled_dot_product_attention(
+            self.split(self.q(x)), *keys_values, attn_mask=mask, scale=1.0
+        )
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -290,7 +320,9 @@ class T5Block(nn.Module):
         y = self.attn_norm(x)
         keys_values = self.attn.keys_values(y)
         x = x + self.attn(y, past.extend(*keys_values) if past else keys_values, mask)
-        if prompt is not None:  # all tokens of a prompt's M responses are queries side by side: nothing is copied
+        if (
+            prompt is not None
+        ):  # all tokens of a prompt's M responses are queries side by side: nothing is copied
             y = self.cross_norm(x).reshape(len(prompt[0]), -1, x.shape[-1])  # [B, M T, D]
             x = x + self.cross(y, prompt, prompt_mask).view_as(x)
         y = self.mlp_norm(x)
@@ -327,11 +359,18 @@ class T5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(max(config.vocab_size, config.start + 1), config.width)  # of encoder and decoder
+        self.shared = nn.Embedding(
+            max(config.vocab_size, config.start + 1), config.width
+        )  # of encoder and decoder
         self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         D, d = config.width, config.head_width
-        std = {"q": (D * d) ** -0.5, "o": (config.heads * d) ** -0.5, "wo": config.mlp_width**-0.5, "shared": 1.0}
+        std = {
+            "q": (D * d) ** -0.5,
+            "o": (config.heads * d) ** -0.5,
+            "wo": config.mlp_width**-0.5,
+            "shared": 1.0,
+        }
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std.get(name.split(".")[-2], D**-0.5))
@@ -354,7 +393,9 @@ class T5(nn.Module):
         B, M, R = response_ids.shape
         states = self.encode(prompt_ids, prompt_mask)
         start = response_ids.new_full((B, M, 1), self.config.start)
-        y = self.shared(torch.cat([start, response_ids[..., :-1]], -1)).flatten(0, 1)  # [B * M, R, D]
+        y = self.shared(torch.cat([start, response_ids[..., :-1]], -1)).flatten(
+            0, 1
+        )  # [B * M, R, D]
         mask = self.decoder.bias(R)
         for block in self.decoder.blocks:
             y = block(y, mask, block.cross.keys_values(states), prompt_mask[:, None, None])
@@ -425,7 +466,9 @@ def response_logps(model, batch, allowed=None):
     Returns: [B, M] float32, natural logs; 0 for an empty candidate slot.
     """
     mask = batch.response_mask
-    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[mask]  # [n, D], real tokens alone
+    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[
+        mask
+    ]  # [n, D], real tokens alone
     logits = model.head(states).float()  # [n, V]
     if allowed is not None:
         place = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)[mask]
@@ -435,7 +478,18 @@ def response_logps(model, batch, allowed=None):
 
 
 @torch.no_grad()
-def sample(model, prompt_ids, prompt_mask, M, max_tokens, generator, temperature=1.0, top_k=0, top_p=1.0, allowed=None):
+def sample(
+    model,
+    prompt_ids,
+    prompt_mask,
+    M,
+    max_tokens,
+    generator,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    allowed=None,
+):
     """Draw M responses of every prompt, token by token; the prompt is read once, and its cache serves all M.
 
     Args: prompt_ids, prompt_mask [B, S]; generator: torch.Generator of the model's device; temperature: divides the logits;
@@ -450,7 +504,9 @@ def sample(model, prompt_ids, prompt_mask, M, max_tokens, generator, temperature
     mask = torch.zeros(B * M, max_tokens, dtype=torch.bool, device=logits.device)
     alive = torch.arange(B * M, device=logits.device)  # the responses that `logits` belongs to
     for t in range(max_tokens):
-        probs = next_token_probs(logits.float() / temperature, top_k, top_p, None if allowed is None else allowed[t])
+        probs = next_token_probs(
+            logits.float() / temperature, top_k, top_p, None if allowed is None else allowed[t]
+        )
         cdf = probs.double().cumsum(-1)  # [alive, V]; a token whose probability is 0 is never drawn
         u = torch.rand(len(cdf), 1, dtype=torch.float64, generator=generator, device=cdf.device)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
@@ -480,7 +536,9 @@ def next_token_probs(logits, top_k=0, top_p=1.0, allowed=None):
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(descending=True)
-        cut = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens hold p already; the likeliest is always kept
+        cut = (
+            ordered.cumsum(-1) - ordered >= top_p
+        )  # the likelier tokens hold p already; the likeliest is always kept
         cut[:, 0] = False
         probs = probs.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), 0.0)
     return probs

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import random
-import re
 import resource
 import signal
 import sys
@@ -33,8 +32,15 @@ import torch
 import baselines
 import data
 import dro
+import frontier
 import lire
 import model as models
+
+
+def option(default, text: str):
+    """A field of Config: its default (`list` for a list), and its text for --help."""
+    how = {"default_factory": list} if default is list else {"default": default}
+    return field(metadata={"help": text}, **how)
 
 
 @dataclass
@@ -44,53 +50,92 @@ class Config:
     None is a default that depends on other settings: BEST and resolve, below, have it.
     """
 
-    objective: str = "lire"  # lire, dro, dro-p, dpo, ipo, pl-dpo, kto, rrhf, slic, pro, or sft: just the reference
-    task: str = "dialogue"  # synthetic task: dialogue, summary or tiny
-    data: list[str] = field(default_factory=list)  # files of preference lists instead of a task (.jsonl, .jsonl.gz)
-    eval_data: list[str] = field(default_factory=list)  # held-out lists; without it 10 % of the prompts of --data
-    limit: int = 0  # use the first so many lists of --data, 0 for all
-    max_prompt: int = 256  # tokens of a prompt, a longer one loses its beginning
-    max_response: int = 128  # tokens of a response, a longer one loses its end
-    model: str = "gpt"  # gpt or t5
-    layers: int = 2  # of the model; t5: of encoder and decoder each
-    heads: int = 4  # of each layer
-    width: int = 128  # of the model
-    tokenizer: str = "bpe"  # bpe: trained on the run's own text; gpt2: tiktoken's
-    vocab_size: int | None = None  # of bpe; default 512 for tasks, 1024 for files
-    reference_steps: int | None = None  # SFT steps of the reference; default 600 for tasks, 300 for files
-    reference_lr: float | None = None  # its peak learning rate; default 4e-3, for summary 2e-3
-    candidates: int | None = None  # M: sampled for each prompt, default 8; of a file's lists the first M, default all
-    behaviour: str = "policy"  # who answers in the pools: policy, reference, or uniform (tiny: any response)
-    sample_temperature: float = 1.0  # of the pool alone; evaluation samples at 1
-    evolve: int | None = None  # rounds, each with a new pool; default 5, for files 0: their own lists
-    iterate: int = 1  # Iterate passes over the pool of a round
-    temperature: float | None = None  # LIRE's T
-    score: str = "sum"  # sum or mean of the token log-probs, the score that LIRE compares
-    reward_norm: str | None = None  # softmax, list-zscore, global, none; default softmax: lire, global: dro, pro
-    sft_weight: float | None = None  # weight of the SFT term on the best candidate (lire, rrhf, slic, pro)
-    tau: float | None = None  # DRO's KL strength, in units of the normalised reward
-    beta: float | None = None  # KL strength of dpo, ipo, pl-dpo and kto
-    pairs: str = "best-worst"  # dpo, ipo, slic: best against worst of a list, or all pairs of unlike reward
-    desirable: str | None = None  # KTO: above the batch's mean, or positive: above 0 (default for thumbs)
-    value: str = "prompt"  # DRO's V: one for each prompt, or one for the batch
-    value_lr: float | None = None  # peak learning rate of the value network; default lr
-    share_networks: bool = False  # V is a head on the policy's own states, instead of a network of its own
-    shuffle_prompts: bool = False  # control: train every list under another prompt
-    steps: int = 400  # optimiser steps in all, over all rounds
-    batch_size: int = 16  # B, prompts a step
-    optimizer: str = "adamw"  # adamw, or adafactor, which the DRO paper used
-    lr: float | None = None  # peak learning rate, warm-up 3 %, then linear to 0
-    weight_decay: float = 0.0  # of the optimizer
-    clip: float = 1.0  # gradient norm, of each network by itself
-    eval_prompts: int = 64  # prompts of each evaluation split
-    eval_samples: int = 64  # responses a prompt from the policy and as many from the reference
-    eval_every: int = 50  # steps between quick evaluations and checkpoints
-    seed: int = 0  # of everything random
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "float32"  # float32 or bfloat16 (autocast; weights stay float32)
-    compile: bool = False  # torch.compile the model: pays on long runs
-    out: str = ""  # folder of the run; default out/<objective>-<task>-<seed>
-    resume: str = ""  # go on with this run
+    objective: str = option(
+        "lire",
+        "lire, dro, dro-p, dpo, ipo, pl-dpo, kto, rrhf, slic, pro, or sft: just the reference",
+    )
+    task: str = option("dialogue", "synthetic task: dialogue, summary or tiny")
+    data: list[str] = option(
+        list,
+        "files of preference lists instead of a task (.jsonl, .jsonl.gz)",
+    )
+    eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
+    limit: int = option(0, "use the first so many lists of --data, 0 for all")
+    max_prompt: int = option(256, "tokens of a prompt, a longer one loses its beginning")
+    max_response: int = option(128, "tokens of a response, a longer one loses its end")
+    model: str = option("gpt", "gpt or t5")
+    layers: int = option(2, "of the model; t5: of encoder and decoder each")
+    heads: int = option(4, "of each layer")
+    width: int = option(128, "of the model")
+    tokenizer: str = option("bpe", "bpe: trained on the run's own text; gpt2: tiktoken's")
+    vocab_size: int | None = option(None, "of bpe; default 512 for tasks, 1024 for files")
+    reference_steps: int | None = option(
+        None,
+        "SFT steps of the reference; default 600 for tasks, 300 for files",
+    )
+    reference_lr: float | None = option(
+        None,
+        "its peak learning rate; default 4e-3, for summary 2e-3",
+    )
+    candidates: int | None = option(
+        None,
+        "M: sampled for each prompt, default 8; of a file's lists the first M, default all",
+    )
+    behaviour: str = option(
+        "policy",
+        "who answers in the pools: policy, reference, or uniform (tiny: any response)",
+    )
+    sample_temperature: float = option(1.0, "of the pool alone; evaluation samples at 1")
+    evolve: int | None = option(
+        None,
+        "rounds, each with a new pool; default 5, for files 0: their own lists",
+    )
+    iterate: int = option(1, "Iterate passes over the pool of a round")
+    temperature: float | None = option(None, "LIRE's T")
+    score: str = option("sum", "sum or mean of the token log-probs, the score that LIRE compares")
+    reward_norm: str | None = option(
+        None,
+        "softmax, list-zscore, global, none; default softmax: lire, global: dro, pro",
+    )
+    sft_weight: float | None = option(
+        None,
+        "weight of the SFT term on the best candidate (lire, rrhf, slic, pro)",
+    )
+    tau: float | None = option(None, "DRO's KL strength, in units of the normalised reward")
+    beta: float | None = option(None, "KL strength of dpo, ipo, pl-dpo and kto")
+    pairs: str = option(
+        "best-worst",
+        "dpo, ipo, slic: best against worst of a list, or all pairs of unlike reward",
+    )
+    desirable: str | None = option(
+        None,
+        "KTO: above the batch's mean, or positive: above 0 (default for thumbs)",
+    )
+    value: str = option("prompt", "DRO's V: one for each prompt, or one for the batch")
+    value_lr: float | None = option(None, "peak learning rate of the value network; default lr")
+    share_networks: bool = option(
+        False,
+        "V is a head on the policy's own states, instead of a network of its own",
+    )
+    shuffle_prompts: bool = option(False, "control: train every list under another prompt")
+    steps: int = option(400, "optimiser steps in all, over all rounds")
+    batch_size: int = option(16, "B, prompts a step")
+    optimizer: str = option("adamw", "adamw, or adafactor, which the DRO paper used")
+    lr: float | None = option(None, "peak learning rate, warm-up 3 %, then linear to 0")
+    weight_decay: float = option(0.0, "of the optimizer")
+    clip: float = option(1.0, "gradient norm, of each network by itself")
+    eval_prompts: int = option(64, "prompts of each evaluation split")
+    eval_samples: int = option(
+        64,
+        "responses a prompt from the policy and as many from the reference",
+    )
+    eval_every: int = option(50, "steps between quick evaluations and checkpoints")
+    seed: int = option(0, "of everything random")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("float32", "float32 or bfloat16 (autocast; weights stay float32)")
+    compile: bool = option(False, "torch.compile the model: pays on long runs")
+    out: str = option("", "folder of the run; default out/<objective>-<task>-<seed>")
+    resume: str = option("", "go on with this run")
 
 
 class ConfigError(ValueError):
@@ -111,7 +156,15 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("float32", "bfloat16"),
 }
-LISTS = ("lire", "dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro")  # these compare the candidates of a list
+LISTS = (
+    "lire",
+    "dpo",
+    "ipo",
+    "pl-dpo",
+    "rrhf",
+    "slic",
+    "pro",
+)  # these compare the candidates of a list
 BEST = {  # default learning rate and strength: most reward in `python -m experiments.compare --grid`, results/grid.json
     "lire": {"lr": 1e-3, "temperature": 4.0, "sft_weight": 0.1},
     "dro": {"lr": 1e-3, "tau": 0.1},
@@ -147,19 +200,30 @@ def resolve(config: Config) -> Config:
     """Fill in the defaults that depend on other settings, and refuse impossible values with one line."""
     c, files = dataclasses.replace(config), bool(config.data)
     for name, owners in OWN.items():
-        if c.objective in BEST and c.objective not in owners and getattr(c, name) != getattr(Config, name):
+        if (
+            c.objective in BEST
+            and c.objective not in owners
+            and getattr(c, name) != getattr(Config, name)
+        ):
             raise ConfigError(
                 f"--{name.replace('_', '-')} is an option of {', '.join(owners)}: --objective {c.objective} does not read it"
             )
     c.vocab_size = c.vocab_size if c.vocab_size is not None else 1024 if files else 512
-    c.reference_steps = c.reference_steps if c.reference_steps is not None else 300 if files else 600
-    if c.reference_lr is None:  # copying out of a post of 70 tokens is learnt sooner at half the rate
+    c.reference_steps = (
+        c.reference_steps if c.reference_steps is not None else 300 if files else 600
+    )
+    if (
+        c.reference_lr is None
+    ):  # copying out of a post of 70 tokens is learnt sooner at half the rate
         c.reference_lr = 2e-3 if c.task == "summary" and not files else 4e-3
     c.evolve = c.evolve if c.evolve is not None else 0 if files else 5
     c.candidates = 8 if c.candidates is None and not files else c.candidates
-    c.reward_norm = c.reward_norm or {"lire": "softmax", "dro": "global", "dro-p": "global", "pro": "global"}.get(
-        c.objective, "none"
-    )
+    c.reward_norm = c.reward_norm or {
+        "lire": "softmax",
+        "dro": "global",
+        "dro-p": "global",
+        "pro": "global",
+    }.get(c.objective, "none")
     for name, value in BEST.get(c.objective, {"lr": 5e-4}).items():
         setattr(c, name, value if getattr(c, name) is None else getattr(c, name))
     if c.objective == "kto" and not files:
@@ -180,27 +244,44 @@ def resolve(config: Config) -> Config:
     if c.width % c.heads:
         raise ConfigError(f"--width {c.width} is not a multiple of --heads {c.heads}")
     if c.vocab_size < 257:
-        raise ConfigError(f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}")
+        raise ConfigError(
+            f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
+        )
     if files and c.evolve:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: leave it at 0"
         )
     if c.behaviour == "uniform" and (files or c.task != "tiny"):
-        raise ConfigError("--behaviour uniform draws from all responses there are, which only --task tiny can name")
+        raise ConfigError(
+            "--behaviour uniform draws from all responses there are, which only --task tiny can name"
+        )
     if c.behaviour != "policy" and not c.evolve:
-        raise ConfigError(f"--behaviour {c.behaviour} is about sampled pools, and --evolve 0 samples none")
-    if c.objective in ("dro", "dro-p", "kto", *LISTS[1:]) and c.reward_norm not in ("global", "none"):
-        raise ConfigError(f"--reward-norm {c.reward_norm} is LIRE's: --objective {c.objective} takes global or none")
+        raise ConfigError(
+            f"--behaviour {c.behaviour} is about sampled pools, and --evolve 0 samples none"
+        )
+    if c.objective in ("dro", "dro-p", "kto", *LISTS[1:]) and c.reward_norm not in (
+        "global",
+        "none",
+    ):
+        raise ConfigError(
+            f"--reward-norm {c.reward_norm} is LIRE's: --objective {c.objective} takes global or none"
+        )
     if c.objective in ("kto", "dro-p") and c.batch_size < 2:
         raise ConfigError(
             f"--objective {c.objective} compares the responses of a batch: --batch-size must be at least 2, got 1"
         )
     if c.objective == "kto" and c.desirable == "positive" and c.reward_norm == "global":
-        raise ConfigError("--desirable positive is about the rewards as they are: leave --reward-norm global away")
+        raise ConfigError(
+            "--desirable positive is about the rewards as they are: leave --reward-norm global away"
+        )
     if c.share_networks and c.value_lr is not None:
-        raise ConfigError("--value-lr is of a value network of its own: leave it or --share-networks away")
+        raise ConfigError(
+            "--value-lr is of a value network of its own: leave it or --share-networks away"
+        )
     if c.optimizer == "adafactor" and not hasattr(torch.optim, "Adafactor"):
-        raise ConfigError(f"--optimizer adafactor needs torch 2.5 or newer, this is {torch.__version__}")
+        raise ConfigError(
+            f"--optimizer adafactor needs torch 2.5 or newer, this is {torch.__version__}"
+        )
     if c.eval_data and not files:
         raise ConfigError("--eval-data goes with --data")
     if c.objective in LISTS and c.candidates is not None and c.candidates < 2:
@@ -214,7 +295,9 @@ def resolve(config: Config) -> Config:
     c.out = (
         c.out
         or c.resume
-        or free_folder(f"{c.objective}-{Path(c.data[0]).name.split('.')[0] if files else c.task}-{c.seed}")
+        or free_folder(
+            f"{c.objective}-{Path(c.data[0]).name.split('.')[0] if files else c.task}-{c.seed}"
+        )
     )
     return c
 
@@ -258,7 +341,9 @@ def digest_of(state: dict) -> str:
     """sha256 over the names and bytes of a state dict."""
     h = hashlib.sha256()
     for name, tensor in state.items():
-        h.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(
+            name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return h.hexdigest()
 
 
@@ -327,7 +412,9 @@ def make_world(c: Config) -> World:
                 f"--objective {c.objective} compares the candidates of a list, and every list here has a single response: it can't "
                 "learn (--objective dro and kto can)"
             )
-        if c.objective in LISTS and not any(len(set(r["rewards"][: c.candidates])) > 1 for r in records):
+        if c.objective in LISTS and not any(
+            len(set(r["rewards"][: c.candidates])) > 1 for r in records
+        ):
             raise ConfigError(
                 "no list has two responses of unlike reward: there is nothing to compare, and nothing to learn"
             )
@@ -340,14 +427,22 @@ def make_world(c: Config) -> World:
         enc = data.gpt2_encoding()
     else:
         texts = (t for r in records for t in [r["prompt"], *(" " + y for y in r["responses"])])
-        ranks = data.tiny_ranks() if c.task == "tiny" and task else data.train_bpe(texts, c.vocab_size)
+        ranks = (
+            data.tiny_ranks() if c.task == "tiny" and task else data.train_bpe(texts, c.vocab_size)
+        )
         enc = data.encoding(ranks)
     if task and task.words and ranks is None:
         raise ConfigError("--task tiny has its own fixed vocabulary: leave --tokenizer at bpe")
     if task and task.words and c.max_response < task.max_response:
-        raise ConfigError(f"--task tiny needs --max-response {task.max_response}, got {c.max_response}")
-    tokens = lambda records, say=lambda line: None: data.tokenize(records, enc, c.max_prompt, c.max_response, say)
-    prompts = lambda split: tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
+        raise ConfigError(
+            f"--task tiny needs --max-response {task.max_response}, got {c.max_response}"
+        )
+    tokens = lambda records, say=lambda line: None: data.tokenize(
+        records, enc, c.max_prompt, c.max_response, say
+    )
+    prompts = lambda split: tokens(
+        [{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]]
+    )
     h = hashlib.sha256(json.dumps([records, eval_records]).encode())
     return World(
         enc=enc,
@@ -384,9 +479,14 @@ def new_model(c: Config, world: World):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
         if c.model == "gpt":
-            config = models.GPTConfig(enc.n_vocab, c.max_prompt + c.max_response, eos=enc.eot_token, **size)
+            config = models.GPTConfig(
+                enc.n_vocab, c.max_prompt + c.max_response, eos=enc.eot_token, **size
+            )
             return models.GPT(config).to(c.device)
-        inner = {"head_width": c.width // c.heads, "mlp_width": 2 * c.width}  # as T5 v1.1 small; base has 8/3
+        inner = {
+            "head_width": c.width // c.heads,
+            "mlp_width": 2 * c.width,
+        }  # as T5 v1.1 small; base has 8/3
         config = models.T5Config(enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, **inner, **size)
         return models.T5(config).to(c.device)
 
@@ -404,7 +504,10 @@ def optimizer_step(optimizer, loss, step: int, steps: int, clip: float) -> list[
     """
     optimizer.zero_grad()
     loss.backward()
-    norms = [torch.nn.utils.clip_grad_norm_(group["params"], clip).item() for group in optimizer.param_groups]
+    norms = [
+        torch.nn.utils.clip_grad_norm_(group["params"], clip).item()
+        for group in optimizer.param_groups
+    ]
     if all(map(math.isfinite, norms)):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, group["peak"])
@@ -415,20 +518,33 @@ def optimizer_step(optimizer, loss, step: int, steps: int, clip: float) -> list[
 def train_reference(c: Config, world: World):
     """SFT on the logged responses, good and bad alike: mean negative log-likelihood per token."""
     model = new_model(c, world)
-    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "peak": c.reference_lr}], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(model.parameters()), "peak": c.reference_lr}], weight_decay=0.01
+    )
     progress, batches = Progress("reference", c.reference_steps), []
     epoch = 0
     for step in range(c.reference_steps):
         if not batches:
-            batches, epoch = data.batch_order(world.logged, c.batch_size, rng(c.seed, "reference", epoch)), epoch + 1
-        batch = data.make_batch([world.logged[i] for i in batches.pop()], world.enc.eot_token, c.device)
+            batches, epoch = (
+                data.batch_order(world.logged, c.batch_size, rng(c.seed, "reference", epoch)),
+                epoch + 1,
+            )
+        batch = data.make_batch(
+            [world.logged[i] for i in batches.pop()], world.enc.eot_token, c.device
+        )
         with precision(c):
             logps = models.response_logps(model, batch, world.allowed)
         loss = -logps.sum() / batch.response_mask.sum()
         [norm] = optimizer_step(optimizer, loss, step, c.reference_steps, 1.0)
         if not math.isfinite(norm):
-            raise FloatingPointError(f"reference step {step}: loss is {loss.item()}; a smaller --reference-lr may help")
-        progress.show(step + 1, f"loss {loss.item():.3f}", line=(step + 1) % 200 == 0 or step + 1 == c.reference_steps)
+            raise FloatingPointError(
+                f"reference step {step}: loss is {loss.item()}; a smaller --reference-lr may help"
+            )
+        progress.show(
+            step + 1,
+            f"loss {loss.item():.3f}",
+            line=(step + 1) % 200 == 0 or step + 1 == c.reference_steps,
+        )
     return model
 
 
@@ -438,7 +554,10 @@ REFERENCE_SETTINGS = "max_prompt max_response model layers heads width tokenizer
 def reference_parts(c: Config, world: World) -> dict[str, str]:
     """All that the reference depends on, one hash or value each: its cache key."""
     code = "".join(
-        map(inspect.getsource, (train_reference, optimizer_step, lr_at, new_model, rng, make_world, precision))
+        map(
+            inspect.getsource,
+            (train_reference, optimizer_step, lr_at, new_model, rng, make_world, precision),
+        )
     )
     sources = {
         "model.py": inspect.getsource(models),
@@ -454,7 +573,9 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
         "seed": str(c.seed),
         "texts": world.fingerprint[:16],
     }
-    return parts | {f"--{name.replace('_', '-')}": str(getattr(c, name)) for name in REFERENCE_SETTINGS}
+    return parts | {
+        f"--{name.replace('_', '-')}": str(getattr(c, name)) for name in REFERENCE_SETTINGS
+    }
 
 
 def get_reference(c: Config, world: World, checkpoint: dict | None = None):
@@ -464,10 +585,14 @@ def get_reference(c: Config, world: World, checkpoint: dict | None = None):
     """
     if checkpoint:
         model, path = new_model(c, world), Path(c.out) / "reference.pt"
-        with contextlib.suppress(Exception):  # a damaged file fails in many ways; the digest decides
+        with contextlib.suppress(
+            Exception
+        ):  # a damaged file fails in many ways; the digest decides
             model.load_state_dict(torch.load(path, map_location=c.device, weights_only=True))
         if digest_of(model.state_dict()) != checkpoint["reference"]:
-            raise ConfigError(f"--resume {c.resume}: {path} is damaged or not the reference that this run began with")
+            raise ConfigError(
+                f"--resume {c.resume}: {path} is damaged or not the reference that this run began with"
+            )
         return model.eval()
     parts = reference_parts(c, world)
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -482,8 +607,12 @@ def get_reference(c: Config, world: World, checkpoint: dict | None = None):
             model.load_state_dict(cached["weights"])
             print(f"reference: {path} (cached)")
             return model.eval()
-        except Exception as e:  # damaged files fail in many ways, and all of them mean: train it again
-            print(f"reference: {path} is damaged ({str(e).splitlines()[0][:80]}), training it again")
+        except (
+            Exception
+        ) as e:  # damaged files fail in many ways, and all of them mean: train it again
+            print(
+                f"reference: {path} is damaged ({str(e).splitlines()[0][:80]}), training it again"
+            )
     elif told := list(filter(None, map(read_json, sorted(folder.glob("*.json"))))):
         changed = min(([k for k in parts if old.get(k) != parts[k]] for old in told), key=len)
         print(f"reference: none cached for this; the nearest one differs in {', '.join(changed)}")
@@ -515,7 +644,9 @@ def score_examples(c: Config, world: World, model, examples) -> list:
 
 def chunk_size(c: Config, world: World, M: int) -> int:
     """Prompts scored at a time: few, so that a chunk stays in the processor's cache; more on a GPU."""
-    return max(1, int((3e6 if c.device == "cpu" else 1e8) / (M * world.max_response * world.enc.n_vocab)))
+    return max(
+        1, int((3e6 if c.device == "cpu" else 1e8) / (M * world.max_response * world.enc.n_vocab))
+    )
 
 
 def with_responses(examples, lists) -> list:
@@ -526,7 +657,9 @@ def with_responses(examples, lists) -> list:
     ]
 
 
-def sample_lists(c: Config, world: World, model, examples, M: int, generator, temperature: float = 1.0) -> list:
+def sample_lists(
+    c: Config, world: World, model, examples, M: int, generator, temperature: float = 1.0
+) -> list:
     """M sampled responses for the prompt of every example, as token ids: [[ids, ...], ...]."""
     lists = []
     size = max(1, 512 // M)
@@ -570,32 +703,48 @@ def compute_loss(c: Config, logps, batch, values=None, mismatched=None):
     """
     mask, lengths = batch.candidate_mask, batch.response_mask.sum(-1)
     rewards = lire.transform_rewards(
-        batch.rewards, mask, {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm)
+        batch.rewards,
+        mask,
+        {"list-zscore": "zscore", "global": "none"}.get(c.reward_norm, c.reward_norm),
     )
-    sft = c.sft_weight * lire.sft_loss(logps, lengths, batch.rewards, mask) if c.sft_weight else 0.0  # [B]
+    sft = (
+        c.sft_weight * lire.sft_loss(logps, lengths, batch.rewards, mask) if c.sft_weight else 0.0
+    )  # [B]
     if c.objective == "lire":
         return lire.lire_loss(listwise_scores(c, logps, batch), rewards, mask, c.temperature) + sft
     if c.objective == "dro":
-        values = values[:, None].expand_as(mask)[mask]  # every response counts once, and has its prompt's value
-        policy, value = dro.dro_v_losses(logps[mask], batch.ref_logps[mask], rewards[mask], values, c.tau)
+        values = values[:, None].expand_as(mask)[
+            mask
+        ]  # every response counts once, and has its prompt's value
+        policy, value = dro.dro_v_losses(
+            logps[mask], batch.ref_logps[mask], rewards[mask], values, c.tau
+        )
         return {"loss/policy": policy, "loss/value": value}
     if c.objective == "dro-p":
         return dro.dro_p_loss(logps[mask], batch.ref_logps[mask], rewards[mask], c.tau)
     if c.objective == "kto":
         earned = batch.rewards[mask].double()
         desirable = earned > (0 if c.desirable == "positive" else earned.mean())
-        loss = baselines.kto_loss(logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta)
+        loss = baselines.kto_loss(
+            logps[mask], batch.ref_logps[mask], desirable, *mismatched, c.beta
+        )
         contrast = earned.max() > earned.min() or c.desirable == "positive"
         return loss * contrast  # where all earn the same, nobody is above the mean or below it
     if c.objective in ("dpo", "ipo", "slic"):
         of_list, chosen, rejected = preference_pairs(c, batch)  # [N] each; a batch of ties has none
-        pair, ref_pair = ([x[of_list, j] for j in (chosen, rejected)] for x in (logps, batch.ref_logps))
+        pair, ref_pair = (
+            [x[of_list, j] for j in (chosen, rejected)] for x in (logps, batch.ref_logps)
+        )
         if c.objective == "slic":
             loss = baselines.slic_loss(*pair)
         else:
-            loss = (baselines.dpo_loss if c.objective == "dpo" else baselines.ipo_loss)(*pair, *ref_pair, c.beta)
+            loss = (baselines.dpo_loss if c.objective == "dpo" else baselines.ipo_loss)(
+                *pair, *ref_pair, c.beta
+            )
         loss = loss if len(loss) else torch.where(mask, logps, 0.0).sum(-1) * 0
-        return {"loss/rank": loss, "loss/sft": sft} if c.objective == "slic" and c.sft_weight else loss
+        return (
+            {"loss/rank": loss, "loss/sft": sft} if c.objective == "slic" and c.sft_weight else loss
+        )
     if c.objective == "pl-dpo":  # equal rewards have no order: a list of them alone teaches nothing
         unlike = best_and_worst(batch)[2]
         return unlike * baselines.plackett_luce_loss(logps, batch.ref_logps, rewards, mask, c.beta)
@@ -631,7 +780,9 @@ def preference_pairs(c: Config, batch):
         best, worst, unlike = best_and_worst(batch)
         return unlike.nonzero()[:, 0], best[unlike], worst[unlike]
     mask, rewards = batch.candidate_mask, batch.rewards
-    better = (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # [B, chosen, rejected]
+    better = (
+        (rewards[:, :, None] > rewards[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    )  # [B, chosen, rejected]
     return better.nonzero(as_tuple=True)
 
 
@@ -640,14 +791,21 @@ def try_objective(c: Config) -> None:
     generator, ids = torch.Generator().manual_seed(0), torch.ones(2, 3, 4, dtype=torch.long)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     response_mask = mask[..., None].expand(2, 3, 4)
-    rewards, logps = torch.rand(2, 3, generator=generator), torch.randn(2, 3, generator=generator).requires_grad_()
-    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, response_mask, mask, rewards, logps.detach())
+    rewards, logps = (
+        torch.rand(2, 3, generator=generator),
+        torch.randn(2, 3, generator=generator).requires_grad_(),
+    )
+    batch = data.Batch(
+        ids[:, 0], ids[:, 0].bool(), ids, response_mask, mask, rewards, logps.detach()
+    )
     total(compute_loss(c, logps, batch, rewards[:, 0], (rewards[:, 1], rewards[:, 2]))).backward()
 
 
 def total(losses):
     """The number to minimise: the mean of what compute_loss gave, or the sum of the means."""
-    return sum(part.mean() for part in losses.values()) if isinstance(losses, dict) else losses.mean()
+    return (
+        sum(part.mean() for part in losses.values()) if isinstance(losses, dict) else losses.mean()
+    )
 
 
 @torch.no_grad()
@@ -684,7 +842,9 @@ def batch_metrics(c: Config, logps, batch, losses, values=None) -> dict:
     if c.objective == "dro":
         target, values = (rewards - implied)[mask], values[:, None].expand_as(mask)[mask]
         m["value/mean"] = values
-        m["value/explained_variance"] = 1 - (target - values).var(correction=0) / target.var(correction=0)
+        m["value/explained_variance"] = 1 - (target - values).var(correction=0) / target.var(
+            correction=0
+        )
         m["residual/rms"] = (target - values).square().mean().sqrt()
     return finite({name: value.mean().item() for name, value in m.items()})
 
@@ -698,7 +858,9 @@ def correlation(x, y):
 # ------------------------------------------------------------------------------------------------------------------ evaluation
 
 
-def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str, state=None, enumerated=None):
+def evaluate_task(
+    c: Config, world: World, policy, reference, examples, tag: str, state=None, enumerated=None
+):
     """Policy against reference, best of 8 and the optimum at the same KL, on `examples` (prompts never trained on).
 
     The optimum is taken over all responses where they can be enumerated (tiny), else over the samples drawn here.
@@ -713,7 +875,9 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         for who, m in (("reference", reference), ("policy", policy))
     ]
     rewards = [
-        torch.tensor([rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)], dtype=torch.float64)
+        torch.tensor(
+            [rewarded(world, e.prompt, ys) for e, ys in zip(examples, lists)], dtype=torch.float64
+        )
         for lists in drawn
     ]
     if enumerated:
@@ -725,24 +889,38 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         both, pool_rewards = [r + p for r, p in zip(*drawn)], torch.cat(rewards, 1)
     pool = with_responses(examples, both)
     ref_logps, logps = (
-        torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64) for m in (reference, policy)
+        torch.tensor(score_examples(c, world, m, pool), dtype=torch.float64)
+        for m in (reference, policy)
     )
     if enumerated:
         log_b, log_w = ref_logps, logps
         kls = dro.kl_divergence(logps, ref_logps)
     else:
-        log_b, log_w = dro.mixture_weights(logps - ref_logps)
+        log_b, log_w = frontier.mixture_weights(logps - ref_logps)
         kls = (logps - ref_logps)[:, n:].mean(-1)  # [B], over the policy's own samples
-    f = dro.frontier(log_b, log_w, pool_rewards, seed=c.seed)
-    curve = torch.stack(dro.frontier_curve(log_b, pool_rewards), -1).mean(1)  # [G, 2], KL and reward
-    picture = {"frontier": curve.tolist(), "policy": [f.kl, f.policy_reward], "reference": [0.0, f.reference_reward]}
+    f = frontier.frontier(log_b, log_w, pool_rewards, seed=c.seed)
+    curve = torch.stack(frontier.frontier_curve(log_b, pool_rewards), -1).mean(
+        1
+    )  # [G, 2], KL and reward
+    picture = {
+        "frontier": curve.tolist(),
+        "policy": [f.kl, f.policy_reward],
+        "reference": [0.0, f.reference_reward],
+    }
     reference_rewards, policy_rewards = rewards
     wins = policy_rewards[:, :, None] - reference_rewards[:, None, :]
-    kl, groups = kls.mean().item(), reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None
-    usable = kl >= 0.05 and (enumerated or f.effective_sample_size >= 20) and math.isfinite(f.efficiency)
+    kl, groups = (
+        kls.mean().item(),
+        reference_rewards[:, : n - n % 8].unflatten(1, (-1, 8)) if n >= 8 else None,
+    )
+    usable = (
+        kl >= 0.05 and (enumerated or f.effective_sample_size >= 20) and math.isfinite(f.efficiency)
+    )
     # How far the best achievable differs from prompt to prompt: V* at tau 1 in units of the reference's reward deviation
     deviation = ((log_b.exp() * (pool_rewards - f.reference_reward) ** 2).sum(-1).mean()) ** 0.5
-    values = dro.optimal_value(log_b, pool_rewards, deviation.item()) if deviation else torch.zeros(1)
+    values = (
+        dro.optimal_value(log_b, pool_rewards, deviation.item()) if deviation else torch.zeros(1)
+    )
     m = {
         "policy_reward": policy_rewards.mean().item(),
         "reference_reward": reference_rewards.mean().item(),
@@ -760,14 +938,23 @@ def evaluate_task(c: Config, world: World, policy, reference, examples, tag: str
         "reward_deviation": deviation.item(),
     }
     if c.objective in ("dro", "dro-p") and state and (state.statistics or c.reward_norm == "none"):
-        found, picture_of_value = against_the_optimum(c, state, examples, log_b, log_w, normalised(state, pool_rewards))
+        found, picture_of_value = against_the_optimum(
+            c, state, examples, log_b, log_w, normalised(state, pool_rewards)
+        )
         m, picture = m | found, picture | picture_of_value
         if not enumerated:  # the weights say too little about every single response
             m.pop("kl_from_optimum")
-    for who, lists, rs in (("policy", drawn[1], policy_rewards), ("reference", drawn[0], reference_rewards)):
+    for who, lists, rs in (
+        ("policy", drawn[1], policy_rewards),
+        ("reference", drawn[0], reference_rewards),
+    ):
         m[f"{who}_length"] = sum(len(y) for ys in lists for y in ys) / (len(lists) * n)
         m[f"{who}_distinct"] = sum(len({tuple(y) for y in ys}) for ys in lists) / (len(lists) * n)
-        parts = [world.task.parts(e.prompt, text_of(world, y)) for e, ys in zip(examples, lists) for y in ys]
+        parts = [
+            world.task.parts(e.prompt, text_of(world, y))
+            for e, ys in zip(examples, lists)
+            for y in ys
+        ]
         m |= {f"{who}_{k}": sum(p[k] for p in parts) / len(parts) for k in parts[0]}
         # the same answers under another prompt: what is left of the gain does not come from reading the prompt
         others = examples[1:] + examples[:1]
@@ -801,7 +988,9 @@ def against_the_optimum(c: Config, state, examples, log_b, log_w, rewards) -> tu
 
 def finite(metrics: dict) -> dict:
     """nan and inf become None: metrics.json is plain JSON."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()
+    }
 
 
 def standard_error(values: torch.Tensor) -> float:
@@ -828,7 +1017,9 @@ def evaluate_lists(c: Config, world: World, policy, reference) -> list[dict]:
     examples = [e for e in world.heldout if len(e.response_ids) > 1]
     rows = []
     for e, policy_logps, ref_logps in zip(
-        examples, score_examples(c, world, policy, examples), score_examples(c, world, reference, examples)
+        examples,
+        score_examples(c, world, policy, examples),
+        score_examples(c, world, reference, examples),
     ):
         lengths = [len(ids) for ids in e.response_ids]
         rows.append(
@@ -856,7 +1047,10 @@ def list_outcome(scores, rewards) -> tuple[float, float, int]:
     """
     pairs = [(i, j) for i in range(len(rewards)) for j in range(i) if rewards[i] != rewards[j]]
     right = sum(
-        0.5 if scores[i] == scores[j] else float((scores[i] > scores[j]) == (rewards[i] > rewards[j])) for i, j in pairs
+        0.5
+        if scores[i] == scores[j]
+        else float((scores[i] > scores[j]) == (rewards[i] > rewards[j]))
+        for i, j in pairs
     )
     top = [r for s, r in zip(scores, rewards) if s == max(scores)]
     return sum(top) / len(top), right, len(pairs)
@@ -870,17 +1064,26 @@ def list_metrics(rows: list[dict]) -> dict:
         "best_reward": sum(map(max, rewards)) / len(rows),
     }
     for name in list(rows[0])[2:]:
-        top, right, pairs = map(sum, zip(*(list_outcome(row[name], row["rewards"]) for row in rows)))
-        m[f"top1_reward_{name}"], m[f"pair_accuracy_{name}"] = top / len(rows), right / pairs if pairs else None
+        top, right, pairs = map(
+            sum, zip(*(list_outcome(row[name], row["rewards"]) for row in rows))
+        )
+        m[f"top1_reward_{name}"], m[f"pair_accuracy_{name}"] = (
+            top / len(rows),
+            right / pairs if pairs else None,
+        )
     m["longer_accuracy"] = m.pop("pair_accuracy_longest")
     return m
 
 
-def sampled_kl(c: Config, world: World, policy, reference, examples, M: int, tag) -> tuple[list, torch.Tensor]:
+def sampled_kl(
+    c: Config, world: World, policy, reference, examples, M: int, tag
+) -> tuple[list, torch.Tensor]:
     """M policy samples a prompt and their log-ratios to the reference [B, M], whose mean estimates KL(pi || pi_ref)."""
     lists = sample_lists(c, world, policy, examples, M, rng(c.seed, "quick", tag, device=c.device))
     pool = with_responses(examples, lists)
-    logps, ref_logps = (torch.tensor(score_examples(c, world, m, pool)) for m in (policy, reference))
+    logps, ref_logps = (
+        torch.tensor(score_examples(c, world, m, pool)) for m in (policy, reference)
+    )
     return lists, logps - ref_logps
 
 
@@ -901,12 +1104,20 @@ def quick_evaluation(c: Config, world: World, state, reference, step: int) -> di
             variances = (normalised(state, rewards) - c.tau * ratios).var(-1, correction=0)  # [B]
         else:
             lists = [e for e in examples if len(e.response_ids) > 1]
-            scored = zip(lists, *(score_examples(c, world, model, lists) for model in (state.policy, reference)))
+            scored = zip(
+                lists,
+                *(score_examples(c, world, model, lists) for model in (state.policy, reference)),
+            )
             residuals = [
-                normalised(state, torch.tensor(e.rewards)) - c.tau * (torch.tensor(logps) - torch.tensor(ref_logps))
+                normalised(state, torch.tensor(e.rewards))
+                - c.tau * (torch.tensor(logps) - torch.tensor(ref_logps))
                 for e, logps, ref_logps in scored
             ]
-            variances = torch.stack([r.var(correction=0) for r in residuals]) if residuals else torch.tensor(math.nan)
+            variances = (
+                torch.stack([r.var(correction=0) for r in residuals])
+                if residuals
+                else torch.tensor(math.nan)
+            )
         m["residual/within_prompt"] = variances.mean().sqrt().item()
     return finite(m)
 
@@ -917,7 +1128,9 @@ def quick_evaluation(c: Config, world: World, state, reference, step: int) -> di
 def difference(old: dict, new: dict) -> str:
     """What differs between two flat dicts, in words; empty where nothing does."""
     return ", ".join(
-        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in {**old, **new} if old.get(k) != new.get(k)
+        f"{k}: {old.get(k)!r} there, {new.get(k)!r} here"
+        for k in {**old, **new}
+        if old.get(k) != new.get(k)
     )
 
 
@@ -931,8 +1144,12 @@ class State:
     reference: str = ""  # digest of the reference's weights
     step: int = 0  # optimiser steps done
     evolve: int = 0  # the Evolve round that `generated` belongs to
-    generated: list | None = None  # [[ids, ...], ...] sampled in this round for every training prompt
-    statistics: list | None = None  # mean and deviation of the training rewards, for --reward-norm global
+    generated: list | None = (
+        None  # [[ids, ...], ...] sampled in this round for every training prompt
+    )
+    statistics: list | None = (
+        None  # mean and deviation of the training rewards, for --reward-norm global
+    )
 
 
 def new_state(c: Config, world: World, reference) -> State:
@@ -950,7 +1167,12 @@ def new_state(c: Config, world: World, reference) -> State:
         if c.share_networks:
             groups[0]["params"] += value.value_head.parameters()
         else:
-            groups.append({"params": list(value.parameters()), "peak": c.lr if c.value_lr is None else c.value_lr})
+            groups.append(
+                {
+                    "params": list(value.parameters()),
+                    "peak": c.lr if c.value_lr is None else c.value_lr,
+                }
+            )
     kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adafactor
     optimizer = kind(groups, lr=c.lr, weight_decay=c.weight_decay)
     return State(policy, optimizer, value, digest_of(reference.state_dict()))
@@ -974,7 +1196,9 @@ def mismatched_logps(world: World, policy, reference, batch) -> tuple:
         response_ids=batch.response_ids[:, :1].roll(-1, 0),
         response_mask=batch.response_mask[:, :1].roll(-1, 0),
     )
-    return tuple(models.response_logps(m, others, world.allowed)[apart, 0] for m in (policy, reference))
+    return tuple(
+        models.response_logps(m, others, world.allowed)[apart, 0] for m in (policy, reference)
+    )
 
 
 def run_settings(c: Config) -> dict:
@@ -989,7 +1213,10 @@ def save_checkpoint(c: Config, state: State, parts: dict) -> None:
     weights = {"policy": state.policy.state_dict(), "optimizer": state.optimizer.state_dict()}
     if state.value:
         weights["value"] = state.value.state_dict()
-    save({**fields, **weights, "config": run_settings(c), "parts": parts}, Path(c.out) / "checkpoint.pt")
+    save(
+        {**fields, **weights, "config": run_settings(c), "parts": parts},
+        Path(c.out) / "checkpoint.pt",
+    )
 
 
 def load_checkpoint(c: Config, parts: dict) -> dict | None:
@@ -1003,11 +1230,15 @@ def load_checkpoint(c: Config, parts: dict) -> dict | None:
     try:
         checkpoint = torch.load(path, map_location=c.device, weights_only=True)
     except Exception as e:  # damaged files fail in many ways
-        raise ConfigError(f"--resume {c.resume}: {path} is damaged ({str(e).splitlines()[0][:80]})") from None
+        raise ConfigError(
+            f"--resume {c.resume}: {path} is damaged ({str(e).splitlines()[0][:80]})"
+        ) from None
     if told := difference(checkpoint["config"], run_settings(c)):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({told})")
     if checkpoint["parts"]["texts"] != parts["texts"]:
-        raise ConfigError(f"--resume {c.resume}: its data have changed since the checkpoint was written")
+        raise ConfigError(
+            f"--resume {c.resume}: its data have changed since the checkpoint was written"
+        )
     if told := difference(checkpoint["parts"], parts):
         print(f"note: the run goes on, but not bit by bit as it would have ({told})")
     print(f"going on from step {checkpoint['step']} of {c.steps}")
@@ -1028,32 +1259,44 @@ def restore(state: State, checkpoint: dict) -> None:
 def draw_candidates(c: Config, world: World, state: State, reference, e: int, visits: int) -> list:
     """M responses to each training prompt that Evolve round e will visit, none to the others: from the policy as it is now,
     from the reference, or any (--behaviour)."""
-    chosen = sorted(torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits])
+    chosen = sorted(
+        torch.randperm(len(world.train), generator=rng(c.seed, "prompts", e)).tolist()[:visits]
+    )
     examples, generator = [world.train[i] for i in chosen], rng(c.seed, "pool", e, device=c.device)
     lists = [[]] * len(world.train)
     if c.behaviour == "uniform":
         responses = enumerate_tiny(world)
-        rows = torch.randint(len(responses), (len(examples), c.candidates), generator=generator, device=c.device)
+        rows = torch.randint(
+            len(responses), (len(examples), c.candidates), generator=generator, device=c.device
+        )
         drawn = [[responses[j] for j in row] for row in rows.tolist()]
     else:
         model = state.policy if c.behaviour == "policy" else reference
-        drawn = sample_lists(c, world, model, examples, c.candidates, generator, c.sample_temperature)
+        drawn = sample_lists(
+            c, world, model, examples, c.candidates, generator, c.sample_temperature
+        )
     for i, candidates in zip(chosen, drawn):
         lists[i] = candidates
     return lists
 
 
-def make_pool(c: Config, world: World, state: State, reference, examples: list, lists: list) -> list:
+def make_pool(
+    c: Config, world: World, state: State, reference, examples: list, lists: list
+) -> list:
     """Rewards and reference log-probs of every list that has candidates: the pool, as Examples."""
     began = time.time()
     pool = [
-        dataclasses.replace(e, response_ids=ys, rewards=e.rewards[: len(ys)]) for e, ys in zip(examples, lists) if ys
+        dataclasses.replace(e, response_ids=ys, rewards=e.rewards[: len(ys)])
+        for e, ys in zip(examples, lists)
+        if ys
     ]
     if not pool:
         return []
     if c.objective in LISTS and (single := sum(len(e.response_ids) < 2 for e in pool)):
         pool = [e for e in pool if len(e.response_ids) > 1]
-        print(f"{single} lists of a single response are left out: there is nothing to compare in them")
+        print(
+            f"{single} lists of a single response are left out: there is nothing to compare in them"
+        )
     if world.task:
         for e in pool:
             e.rewards = rewarded(world, e.prompt, e.response_ids)
@@ -1064,7 +1307,9 @@ def make_pool(c: Config, world: World, state: State, reference, examples: list, 
     ):  # a later pool may be of one reward, the first may not
         check_rewards(c, [r for e in pool for r in e.rewards])
     if c.reward_norm == "global":
-        state.statistics = state.statistics or mean_and_deviation([r for e in pool for r in e.rewards])
+        state.statistics = state.statistics or mean_and_deviation(
+            [r for e in pool for r in e.rewards]
+        )
         for e in pool:
             e.rewards = [normalised(state, r) for r in e.rewards]
     if c.shuffle_prompts:
@@ -1098,23 +1343,36 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
     raises FloatingPointError and the last good checkpoint stays.
     """
     log_path, resumed = Path(c.out) / "log.jsonl", state.evolve if state.step else -1
-    kept = log_path.read_text().splitlines(keepends=True) if state.step and log_path.exists() else []
+    kept = (
+        log_path.read_text().splitlines(keepends=True) if state.step and log_path.exists() else []
+    )
     kept = [
         line for line in kept if line.endswith("\n") and json.loads(line)["step"] <= state.step
     ]  # none half-written
     save("".join(kept), log_path)
 
     passes = max(c.evolve, 1) * c.iterate
-    ends = [round(k * c.steps / passes) for k in range(passes + 1)]  # pass k is the steps from ends[k] to ends[k + 1]
+    ends = [
+        round(k * c.steps / passes) for k in range(passes + 1)
+    ]  # pass k is the steps from ends[k] to ends[k + 1]
     examples = world.train if c.evolve else world.logged
-    start = [[] if c.evolve else e.response_ids[: c.candidates] for e in examples]  # the data's own responses
+    start = [
+        [] if c.evolve else e.response_ids[: c.candidates] for e in examples
+    ]  # the data's own responses
 
     def sample(e):
         if e < resumed:
             return [[]] * len(examples)  # this round was over before the checkpoint
-        if e > resumed:  # else the run goes on inside round e, with the candidates of the checkpoint
-            visits = -(-(ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size // c.iterate)  # prompts a pass
-            state.generated, state.evolve = draw_candidates(c, world, state, reference, e, visits), e
+        if (
+            e > resumed
+        ):  # else the run goes on inside round e, with the candidates of the checkpoint
+            visits = -(
+                -(ends[(e + 1) * c.iterate] - ends[e * c.iterate]) * c.batch_size // c.iterate
+            )  # prompts a pass
+            state.generated, state.evolve = (
+                draw_candidates(c, world, state, reference, e, visits),
+                e,
+            )
         return state.generated
 
     def score(lists):
@@ -1131,7 +1389,9 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
             seconds["pool"] += time.time() - began
             began = time.time()
             first, last = max(state.step, ends[e * c.iterate + i]), ends[e * c.iterate + i + 1]
-            for step, chosen in zip(range(first + 1, last + 1), batches_from(c, pool, e, first - ends[e * c.iterate])):
+            for step, chosen in zip(
+                range(first + 1, last + 1), batches_from(c, pool, e, first - ends[e * c.iterate])
+            ):
                 batch = data.make_batch(chosen, world.enc.eot_token, c.device)
                 values = mismatched = None
                 with precision(c):
@@ -1154,7 +1414,13 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
                     latest = quick_evaluation(c, world, state, reference, step)
                 if due or step == 1 or step % 10 == 0:
                     lr = state.optimizer.param_groups[0]["lr"]
-                    row = {"step": step, "evolve": e, "loss": loss.item(), "learning_rate": lr, "grad_norm": norm}
+                    row = {
+                        "step": step,
+                        "evolve": e,
+                        "loss": loss.item(),
+                        "learning_rate": lr,
+                        "grad_norm": norm,
+                    }
                     row |= {"value/grad_norm": value_norm[0]} if value_norm else {}
                     row |= batch_metrics(c, logps, batch, losses, values) | (latest if due else {})
                     log_file.write(json.dumps(row) + "\n")
@@ -1164,12 +1430,16 @@ def train_policy(c: Config, world: World, state: State, reference, parts: dict) 
                             f"step {step}: the listwise softmax has collapsed: one candidate holds over 99 % in "
                             f"{row['candidates/collapsed']:.0%} of the lists; try a higher --temperature or --score mean"
                         )
-                shown = "  ".join(f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True) if v is not None)
+                shown = "  ".join(
+                    f"{k} {v:.2f}" for k, v in sorted(latest.items(), reverse=True) if v is not None
+                )
                 progress.show(step, f"loss {loss.item():.4f}  {shown}", line=due)
                 if due or interrupted:
                     save_checkpoint(c, state, parts)
                 if interrupted:
-                    raise KeyboardInterrupt(f"saved after step {step}; `python train.py --resume {c.out}` goes on")
+                    raise KeyboardInterrupt(
+                        f"saved after step {step}; `python train.py --resume {c.out}` goes on"
+                    )
             seconds["train"] += time.time() - began
             began = time.time()
     return seconds
@@ -1238,12 +1508,19 @@ def evaluate(c: Config, world: World, state: State, reference) -> tuple[dict, li
     choose = lambda examples: random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     heldout = choose(world.heldout)
     if world.task:
-        metrics, answers, picture = evaluate_task(c, world, policy, reference, heldout, "heldout", state)
+        metrics, answers, picture = evaluate_task(
+            c, world, policy, reference, heldout, "heldout", state
+        )
         save(json.dumps(picture), out / "frontier.json")
-        splits = {"ood": world.ood, "train": world.train if world.task.words else []}  # tiny: is what it learnt exact?
+        splits = {
+            "ood": world.ood,
+            "train": world.train if world.task.words else [],
+        }  # tiny: is what it learnt exact?
         for split, examples in splits.items():
             if examples:
-                found = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]
+                found = evaluate_task(c, world, policy, reference, choose(examples), split, state)[
+                    0
+                ]
                 metrics |= {f"{split}_{k}": v for k, v in found.items()}
         return finite(metrics), answers
     rows = evaluate_lists(c, world, policy, reference)
@@ -1279,7 +1556,9 @@ def main(config: Config) -> dict:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file, expected a folder")
     if not c.resume and (out / "config.json").exists():
-        raise ConfigError(f"--out {out} holds a run already: go on with --resume {out}, or choose another folder")
+        raise ConfigError(
+            f"--out {out} holds a run already: go on with --resume {out}, or choose another folder"
+        )
     world = make_world(c)
     parts = reference_parts(c, world)
     checkpoint = load_checkpoint(c, parts)
@@ -1314,7 +1593,12 @@ def main(config: Config) -> dict:
     save(side_by_side(world, answers, 10, 4) + "\n", out / "samples.txt")
 
     print("\n" + side_by_side(world, answers) + "\n")
-    print_table([(k, "-" if v is None else f"{v:.3f}" if isinstance(v, float) else v) for k, v in metrics.items()])
+    print_table(
+        [
+            (k, "-" if v is None else f"{v:.3f}" if isinstance(v, float) else v)
+            for k, v in metrics.items()
+        ]
+    )
     if c.objective != "sft" and c.steps:
         print(figures.draw(out))
     print(f"written to {out}/")
@@ -1323,9 +1607,10 @@ def main(config: Config) -> dict:
 
 def command_line(argv=None) -> Config:
     """Config from the options; --resume takes the settings of its run, and refuses options that say otherwise."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists the options")
     for f in dataclasses.fields(Config):
@@ -1342,9 +1627,15 @@ def command_line(argv=None) -> Config:
             else {"type": kind}
         )
         shown = "" if f.default in (dataclasses.MISSING, None, "") else f" (default {f.default})"
-        if best := [f"{objective} {of[f.name]:g}" for objective, of in BEST.items() if f.name in of]:
+        if best := [
+            f"{objective} {of[f.name]:g}" for objective, of in BEST.items() if f.name in of
+        ]:
             shown = f" (default: {', '.join(best)})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=(comments[f.name] + shown).replace("%", "%%"), **how)
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            help=(f.metadata["help"] + shown).replace("%", "%%"),
+            **how,
+        )
     given = vars(parser.parse_args(argv))
     if "data" in given and "task" in given:
         raise ConfigError("--task makes the data and --data reads them: give one of the two")
@@ -1356,7 +1647,9 @@ def command_line(argv=None) -> Config:
                 f"--resume {run}: no config.json in it, expected the folder of a run, such as out/lire-dialogue-0"
             )
         if not (saved := read_json(path)):
-            raise ConfigError(f"--resume {run}: {path} is damaged, expected the settings of the run as JSON")
+            raise ConfigError(
+                f"--resume {run}: {path} is damaged, expected the settings of the run as JSON"
+            )
         if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
             raise ConfigError(
                 f"--resume {run}: its config.json is of another version (it has {', '.join(sorted(unknown))})"
@@ -1374,7 +1667,9 @@ def command_line(argv=None) -> Config:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal can show something
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # whatever a model says, the terminal can show something
     try:
         main(command_line())
     except (ConfigError, data.DataError, FloatingPointError, OSError) as e:

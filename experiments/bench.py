@@ -38,7 +38,11 @@ SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
-    "gpt2": (1, 15, {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768}),
+    "gpt2": (
+        1,
+        15,
+        {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768},
+    ),
 }
 
 
@@ -74,16 +78,27 @@ def setup(name, shape, device, B=None):
         **{"context": max(models.GPTConfig.context, S + R), "eos": -1} | size
     )  # no token ends a response
     model = models.GPT(config).to(device)
-    prompts, responses = (torch.randint(config.vocab_size, size, device=device) for size in ((B, S), (B, M, R)))
+    prompts, responses = (
+        torch.randint(config.vocab_size, size, device=device) for size in ((B, S), (B, M, R))
+    )
 
     def batch(prompts, responses):
         ones = lambda *size: torch.ones(size, dtype=torch.bool, device=device)
         rows, M, R = responses.shape
         return data.Batch(
-            prompts, ones(rows, S), responses, ones(rows, M, R), ones(rows, M), torch.zeros(rows, M, device=device)
+            prompts,
+            ones(rows, S),
+            responses,
+            ones(rows, M, R),
+            ones(rows, M),
+            torch.zeros(rows, M, device=device),
         )
 
-    return model, batch(prompts, responses), batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None])
+    return (
+        model,
+        batch(prompts, responses),
+        batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None]),
+    )
 
 
 def update(model, batch):
@@ -98,7 +113,9 @@ def disagreement(model, once, repeated):
     a, b = models.response_logps(model, once), models.response_logps(model, repeated)
     worst = (a.flatten() - b.flatten()).abs().max().item()
     if not worst < 1e-5 * b.abs().max().item():
-        raise ValueError(f"the two variants' log-probs differ by {worst} nats: there is nothing to compare")
+        raise ValueError(
+            f"the two variants' log-probs differ by {worst} nats: there is nothing to compare"
+        )
     return worst
 
 
@@ -106,7 +123,9 @@ def disagreement(model, once, repeated):
 def sample_uncached(model, prompt_ids, prompt_mask, M, max_tokens, generator):
     """models.sample without its cache: prompt and response are read again for every token. Returns response_ids [B, M, R]."""
     B = len(prompt_ids)
-    prompt_ids, prompt_mask = (x.repeat_interleave(M, 0) for x in (prompt_ids, prompt_mask))  # [B * M, S]
+    prompt_ids, prompt_mask = (
+        x.repeat_interleave(M, 0) for x in (prompt_ids, prompt_mask)
+    )  # [B * M, S]
     ids = torch.zeros(B * M, 1, max_tokens, dtype=torch.long, device=prompt_ids.device)
     for t in range(max_tokens):
         states = model.hidden(prompt_ids, prompt_mask, ids[..., : t + 1])[:, 0, t]  # [B * M, D]
@@ -156,7 +175,9 @@ def memory_of(name, shape, device, which):
     def now():
         if device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
     prepare(device)
     model, *batches = setup(name, shape, device)
@@ -208,9 +229,16 @@ def measure(name, shape, device, pairs, peak, sampling=False):
         "peak_repeated": flops / row["repeated"][1] / peak,
     }
     if sampling:
-        draw = lambda f: f(model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0))
+        draw = lambda f: f(
+            model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0)
+        )
         row["sampling_pairs"] = min(pairs, 3)
-        times = timed_pairs(lambda: draw(models.sample), lambda: draw(sample_uncached), row["sampling_pairs"], device)
+        times = timed_pairs(
+            lambda: draw(models.sample),
+            lambda: draw(sample_uncached),
+            row["sampling_pairs"],
+            device,
+        )
         row |= {
             "sampled_cached": quartiles([B * M * R / s for s in times[0]]),
             "sampled_uncached": quartiles([B * M * R / s for s in times[1]]),
@@ -255,17 +283,27 @@ def show(row):
 
 def main(argv=None):
     """Measure, print, write out/bench.json. Returns what is written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: default and 5m")
     parser.add_argument("--pairs", type=int, help="timed pairs; default 15, with --quick 3")
-    parser.add_argument("--shapes", nargs="+", help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES))
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES),
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--quick", action="store_true", help="the first shape, the default model and 3 pairs, where not said otherwise"
+        "--quick",
+        action="store_true",
+        help="the first shape, the default model and 3 pairs, where not said otherwise",
     )
     args = parser.parse_args(argv)
     try:
-        shapes = [tuple(map(int, s.split(","))) for s in args.shapes or []] or SHAPES[: 1 if args.quick else None]
+        shapes = [tuple(map(int, s.split(","))) for s in args.shapes or []] or SHAPES[
+            : 1 if args.quick else None
+        ]
         if any(len(s) != 3 or min(s) < 1 for s in shapes):
             raise ValueError
     except ValueError:
@@ -275,17 +313,28 @@ def main(argv=None):
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     cases = [
-        (name, shape) for name in args.model or (["default"] if args.quick else ["default", "5m"]) for shape in shapes
+        (name, shape)
+        for name in args.model or (["default"] if args.quick else ["default", "5m"])
+        for shape in shapes
     ]
 
-    load = os.getloadavg()[0]  # programs that run already: they share the cores, and spoil the times
+    load = os.getloadavg()[
+        0
+    ]  # programs that run already: they share the cores, and spoil the times
     memory = {  # first, while this process is small
-        case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)] for case in cases
+        case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)]
+        for case in cases
     }
     prepare(args.device)
     peak = peak_flops(args.device)
-    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {device_name}, load {load:.1f}; float32 product {peak / 1e9:.0f} GFLOP/s")
+    device_name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"torch {torch.__version__}, {device_name}, load {load:.1f}; float32 product {peak / 1e9:.0f} GFLOP/s"
+    )
     print("".join(f"{title:>{width}}" for title, width, _ in COLUMNS))
     rows = []
     for name, shape in cases:
@@ -296,10 +345,18 @@ def main(argv=None):
         print(show(row), flush=True)
     print(
         "pairs: "
-        + ", ".join(f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values())
+        + ", ".join(
+            f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values()
+        )
         + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats"
     )
-    result = {"torch": torch.__version__, "device": device_name, "load": load, "peak_flops": peak, "rows": rows}
+    result = {
+        "torch": torch.__version__,
+        "device": device_name,
+        "load": load,
+        "peak_flops": peak,
+        "rows": rows,
+    }
     Path("out").mkdir(exist_ok=True)
     Path("out/bench.json").write_text(json.dumps(result, indent=1))
     print("written to out/bench.json")

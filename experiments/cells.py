@@ -21,7 +21,7 @@ import torch
 import train
 
 FOLDER = Path("out/cells")
-SOURCES = "baselines.py data.py dro.py lire.py model.py train.py".split()
+SOURCES = "baselines.py data.py dro.py frontier.py lire.py model.py train.py".split()
 
 
 def folder_of(config: train.Config) -> Path:
@@ -57,7 +57,12 @@ def run(cells: list[train.Config], jobs: int = 0) -> list[dict]:
     jobs, began = jobs or os.cpu_count() or 1, time.time()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        for n, done in enumerate(concurrent.futures.as_completed([pool.submit(run_one, c) for c in todo]), 1):
+        for n, done in enumerate(
+            concurrent.futures.as_completed([pool.submit(run_one, c) for c in todo]), 1
+        ):
             done.result()
-            print(f"cell {n}/{len(todo)}  {(time.time() - began) / n * (len(todo) - n) / 60:.0f} min left", flush=True)
+            print(
+                f"cell {n}/{len(todo)}  {(time.time() - began) / n * (len(todo) - n) / 60:.0f} min left",
+                flush=True,
+            )
     return [run_one(c) for c in cells]

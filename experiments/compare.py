@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import data
-import dro
+import frontier
 import train
 from experiments import cells
 from experiments.tables import mean_and_spread
@@ -38,15 +38,25 @@ STRENGTHS = {
     "kto": ("beta", (5.0, 1.0, 0.5)),
     "ipo": ("beta", (0.3, 0.1, 0.03)),
     "pl-dpo": ("beta", (1.0, 0.3, 0.1)),
-    "rrhf": ("sft_weight", (30.0, 10.0, 3.0)),  # the paper's 1 is of a sum, here it is of a mean over about 10 tokens
+    "rrhf": (
+        "sft_weight",
+        (30.0, 10.0, 3.0),
+    ),  # the paper's 1 is of a sum, here it is of a mean over about 10 tokens
     "slic": ("sft_weight", (3.0, 1.0, 0.3)),
     "pro": ("sft_weight", (0.15, 0.05, 0.015)),
 }
-THREE = ("lire", "dro", "dpo", "kto")  # of these the comparison shows all three strengths, of the others the default
+THREE = (
+    "lire",
+    "dro",
+    "dpo",
+    "kto",
+)  # of these the comparison shows all three strengths, of the others the default
 RATES = (2e-4, 5e-4, 1e-3)
 COMMON = {"evolve": 5, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
 QUICK = {"evolve": 2, "steps": 80, "eval_prompts": 16, "eval_samples": 32, "reference_steps": 300}
-COLUMNS = "policy_reward win_rate kl efficiency policy_length policy_distinct entropy seconds".split()
+COLUMNS = (
+    "policy_reward win_rate kl efficiency policy_length policy_distinct entropy seconds".split()
+)
 
 
 def rows_of(quick: bool) -> dict:
@@ -84,8 +94,15 @@ def plane(configs: dict, split: str, n: int) -> tuple[dict, list, dict]:
     world = train.make_world(c)
     examples = getattr(world, split)
     examples = random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
-    weights = [torch.load(next(iter(alive.values())) / "reference.pt", map_location=c.device, weights_only=True)]
-    checkpoints = [torch.load(f / "checkpoint.pt", map_location=c.device, weights_only=True) for f in alive.values()]
+    weights = [
+        torch.load(
+            next(iter(alive.values())) / "reference.pt", map_location=c.device, weights_only=True
+        )
+    ]
+    checkpoints = [
+        torch.load(f / "checkpoint.pt", map_location=c.device, weights_only=True)
+        for f in alive.values()
+    ]
     if len({of["reference"] for of in checkpoints}) > 1:
         raise train.ConfigError(
             f"cells of seed {c.seed} started from unlike references: delete {cells.FOLDER} and run anew"
@@ -95,15 +112,24 @@ def plane(configs: dict, split: str, n: int) -> tuple[dict, list, dict]:
     for k, w in enumerate(weights):
         model.load_state_dict(w)
         lists.append(
-            train.sample_lists(c, world, model, examples, n, train.rng(c.seed, "plane", split, k, device=c.device))
+            train.sample_lists(
+                c, world, model, examples, n, train.rng(c.seed, "plane", split, k, device=c.device)
+            )
         )
-    drawn = [[tuple(y) for ys in of_prompt for y in ys] for of_prompt in zip(*lists)]  # K n responses a prompt
-    distinct = [{y: i for i, y in enumerate(dict.fromkeys(ys))} for ys in drawn]  # the same answer is scored once
+    drawn = [
+        [tuple(y) for ys in of_prompt for y in ys] for of_prompt in zip(*lists)
+    ]  # K n responses a prompt
+    distinct = [
+        {y: i for i, y in enumerate(dict.fromkeys(ys))} for ys in drawn
+    ]  # the same answer is scored once
     pool = train.with_responses(examples, [[list(y) for y in of] for of in distinct])
 
     def of_each(values):
         """[B, K n] from a value of every distinct response."""
-        return torch.tensor([[v[of[y]] for y in ys] for v, of, ys in zip(values, distinct, drawn)], dtype=torch.float64)
+        return torch.tensor(
+            [[v[of[y]] for y in ys] for v, of, ys in zip(values, distinct, drawn)],
+            dtype=torch.float64,
+        )
 
     rewards, logps = of_each([train.rewarded(world, e.prompt, e.response_ids) for e in pool]), []
     for w in weights:
@@ -112,16 +138,26 @@ def plane(configs: dict, split: str, n: int) -> tuple[dict, list, dict]:
     logps = torch.stack(logps)  # [K, B, K n]
     log_weights = joint_weights(logps)
     reference, found = own_metrics(lists[0], logps[0], logps[0], rewards, 0, n), {}
-    curve = torch.stack(dro.frontier_curve(log_weights[0], rewards), -1).mean(1).tolist()  # [G, 2]
+    curve = (
+        torch.stack(frontier.frontier_curve(log_weights[0], rewards), -1).mean(1).tolist()
+    )  # [G, 2]
     for k, row in enumerate(alive, 1):
-        f = dro.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
+        f = frontier.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
         m = own_metrics(lists[k], logps[k], logps[0], rewards, k, n)
-        size = f.effective_sample_size * 2 / len(weights)  # as if of reference and policy alone, whatever others add
+        size = (
+            f.effective_sample_size * 2 / len(weights)
+        )  # as if of reference and policy alone, whatever others add
         usable = m["kl"] >= 0.05 and size >= 20
-        m |= {name: getattr(f, name) if usable else None for name in ("efficiency", "efficiency_se")}
+        m |= {
+            name: getattr(f, name) if usable else None for name in ("efficiency", "efficiency_se")
+        }
         m["effective_sample_size"] = size
-        whole = not json.loads((alive[row] / "config.json").read_text())["resume"]  # else the clock began anew
-        m["seconds"] = sum(saved[row][f"seconds_{part}"] for part in ("pool", "train")) if whole else None
+        whole = not json.loads((alive[row] / "config.json").read_text())[
+            "resume"
+        ]  # else the clock began anew
+        m["seconds"] = (
+            sum(saved[row][f"seconds_{part}"] for part in ("pool", "train")) if whole else None
+        )
         m["collapsed"] = collapsed(m, reference, curve[-1][0])
         found[row] = train.finite(m)
     return found, curve, train.finite(reference)
@@ -131,7 +167,7 @@ def joint_weights(logps):
     """Log importance weights [K, B, K n] of every model, normalised within each prompt, on n samples drawn from each of K models.
 
     Args: logps [K, B, K n], every sample scored by every model. Each is weighed against the mixture of all; K = 2 is
-    dro.mixture_weights.
+    frontier.mixture_weights.
     """
     return (logps - logps.logsumexp(0)).log_softmax(-1)
 
@@ -140,7 +176,11 @@ def grid_plane(configs: dict, n: int) -> tuple[dict, list, dict]:
     """plane() on training prompts, each policy with the reference alone: 81 policies are too many to score one another's samples."""
     planes = [plane({row: c}, "train", n) for row, c in configs.items()]
     references = [reference for _, _, reference in planes if reference]
-    return {row: m for found, _, _ in planes for row, m in found.items()}, [], next(iter(references), {})
+    return (
+        {row: m for found, _, _ in planes for row, m in found.items()},
+        [],
+        next(iter(references), {}),
+    )
 
 
 def collapsed(m: dict, reference: dict, most_kl: float) -> bool:
@@ -180,10 +220,13 @@ def table(results: dict) -> str:
     lines = ["| | " + " | ".join(COLUMNS) + " | alarm |", "|" + "---|" * (len(COLUMNS) + 2)]
     for row, found in {"reference": results["reference"], **results["rows"]}.items():
         shown = [mean_and_spread([m.get(name) for m in found]) for name in COLUMNS]
-        failed, collapsed = sum("failed" in m for m in found), sum(bool(m.get("collapsed")) for m in found)
-        alarm = [f"{failed} of {len(found)} failed"] * bool(failed) + [f"{collapsed} of {len(found)} collapsed"] * bool(
-            collapsed
+        failed, collapsed = (
+            sum("failed" in m for m in found),
+            sum(bool(m.get("collapsed")) for m in found),
         )
+        alarm = [f"{failed} of {len(found)} failed"] * bool(failed) + [
+            f"{collapsed} of {len(found)} collapsed"
+        ] * bool(collapsed)
         lines.append(f"| {row} | " + " | ".join(shown) + f" | {', '.join(alarm)} |")
     return "\n".join(lines)
 
@@ -192,7 +235,9 @@ def as_csv(results: dict) -> str:
     """One line a row and seed."""
     text = io.StringIO()
     writer = csv.DictWriter(
-        text, ["row", "seed", *COLUMNS, "efficiency_se", "collapsed", "failed"], extrasaction="ignore"
+        text,
+        ["row", "seed", *COLUMNS, "efficiency_se", "collapsed", "failed"],
+        extrasaction="ignore",
     )
     writer.writeheader()
     for row, found in results["rows"].items():
@@ -211,27 +256,50 @@ def draw(results: dict, path: Path) -> str:
 
     fig, ax = plt.subplots(figsize=(8.4, 5.4), constrained_layout=True)
     for k, curve in enumerate(results["frontiers"]):
-        ax.plot(*zip(*curve), color="black", lw=1, alpha=0.7, label="the optimum, a line a seed" if k == 0 else None)
+        ax.plot(
+            *zip(*curve),
+            color="black",
+            lw=1,
+            alpha=0.7,
+            label="the optimum, a line a seed" if k == 0 else None,
+        )
     edge = 1.6 * max(kl for curve in results["frontiers"] for kl, _ in curve)
     base = torch.tensor([m["policy_reward"] for m in results["reference"]]).mean().item()
     ax.plot(0, base, "s", color="black", label="reference")
     objectives = list(dict.fromkeys(row.split(",")[0] for row in results["rows"]))
     for objective, marker in zip(objectives, "o^vDsPX<>*hd"):
-        rows = [(row, found) for row, found in results["rows"].items() if row.split(",")[0] == objective]
+        rows = [
+            (row, found) for row, found in results["rows"].items() if row.split(",")[0] == objective
+        ]
         points = []
         for row, found in rows:
-            values = torch.tensor([[m["kl"], m["policy_reward"]] for m in found if m.get("kl") is not None])
+            values = torch.tensor(
+                [[m["kl"], m["policy_reward"]] for m in found if m.get("kl") is not None]
+            )
             if len(values):
                 points.append(
-                    (values.mean(0).tolist(), values.std(0, correction=int(len(values) > 1)).tolist(), row.split()[-1])
+                    (
+                        values.mean(0).tolist(),
+                        values.std(0, correction=int(len(values) > 1)).tolist(),
+                        row.split()[-1],
+                    )
                 )
         if not points:
             continue
         x, y = zip(*(mean for mean, _, _ in points))
         x_error, y_error = zip(*(spread for _, spread, _ in points))
-        inside = [min(value, edge) for value in x]  # beyond the edge of the picture a point is drawn at it
+        inside = [
+            min(value, edge) for value in x
+        ]  # beyond the edge of the picture a point is drawn at it
         bars = ax.errorbar(
-            inside, y, y_error, x_error, fmt=marker + ("-" if len(points) > 1 else ""), ms=6, lw=1, label=objective
+            inside,
+            y,
+            y_error,
+            x_error,
+            fmt=marker + ("-" if len(points) > 1 else ""),
+            ms=6,
+            lw=1,
+            label=objective,
         )
         for px, py, (mean, _, strength) in zip(inside, y, points):
             far = f" (KL {mean[0]:.0f})" if mean[0] > edge else ""
@@ -243,7 +311,11 @@ def draw(results: dict, path: Path) -> str:
                 fontsize=7,
                 color=bars[0].get_color(),
             )
-    ax.set(xlabel="KL to the reference, nats", ylabel="reward, held-out prompts", xlim=(-0.02 * edge, 1.05 * edge))
+    ax.set(
+        xlabel="KL to the reference, nats",
+        ylabel="reward, held-out prompts",
+        xlim=(-0.02 * edge, 1.05 * edge),
+    )
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, loc="lower right")
     fig.savefig(path, dpi=120)
@@ -251,7 +323,9 @@ def draw(results: dict, path: Path) -> str:
     return f"picture: {path}"
 
 
-def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evolve=None, jobs=0) -> dict:
+def main(
+    quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evolve=None, jobs=0
+) -> dict:
     """Run or find the cells, compare them, print and write what came out."""
     seeds = (1 if quick or grid else 3) if seeds is None else seeds
     if seeds < 1:
@@ -261,17 +335,26 @@ def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evol
             "--grid is of one seed, with settings of its own: leave --quick, --evolve and --seeds away"
         )
     rows = grid_rows() if grid else rows_of(quick)
-    common = {"task": task, "model": model, **(QUICK if quick else COMMON), **({"evolve": evolve} if evolve else {})}
+    common = {
+        "task": task,
+        "model": model,
+        **(QUICK if quick else COMMON),
+        **({"evolve": evolve} if evolve else {}),
+    }
     configs = [
-        {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()} for seed in range(seeds)
+        {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()}
+        for seed in range(seeds)
     ]
     cells.run([c for of_seed in configs for c in of_seed.values()], jobs)
     n = common["eval_samples"]
-    planes = [grid_plane(of_seed, n) if grid else plane(of_seed, "heldout", 2 * n) for of_seed in configs]
+    planes = [
+        grid_plane(of_seed, n) if grid else plane(of_seed, "heldout", 2 * n) for of_seed in configs
+    ]
     if not all(found for found, _, _ in planes):
         raise train.ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     results = {
-        "settings": common | {"seeds": seeds, "lr": {o: of["lr"] for o, of in train.BEST.items() if o in STRENGTHS}},
+        "settings": common
+        | {"seeds": seeds, "lr": {o: of["lr"] for o, of in train.BEST.items() if o in STRENGTHS}},
         "reference": [reference for _, _, reference in planes],
         "rows": {row: [found.get(row, {"failed": True}) for found, _, _ in planes] for row in rows},
         "frontiers": [curve for _, curve, _ in planes],
@@ -300,8 +383,12 @@ def main(quick=False, grid=False, task="dialogue", model="gpt", seeds=None, evol
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one strength each, one seed, a short training")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one strength each, one seed, a short training"
+    )
     parser.add_argument("--grid", action="store_true", help="the grid that the defaults come from")
     parser.add_argument("--task", default="dialogue")
     parser.add_argument("--model", default="gpt")

@@ -45,9 +45,14 @@ def fold_files(records, folder: Path) -> list[tuple[str, str]]:
 
 def interval(top, right, pairs, draws) -> dict:
     """Mean top-1 reward and pair accuracy over prompts with 95 % bootstrap intervals."""
-    values = {"top1_reward": top[draws].mean(1), "pair_accuracy": right[draws].sum(1) / pairs[draws].sum(1)}
+    values = {
+        "top1_reward": top[draws].mean(1),
+        "pair_accuracy": right[draws].sum(1) / pairs[draws].sum(1),
+    }
     means = {"top1_reward": top.mean(), "pair_accuracy": right.sum() / pairs.sum()}
-    return {k: [float(means[k]), *map(float, np.percentile(v, [2.5, 97.5]))] for k, v in values.items()}
+    return {
+        k: [float(means[k]), *map(float, np.percentile(v, [2.5, 97.5]))] for k, v in values.items()
+    }
 
 
 def paired(one, other, draws) -> dict:
@@ -65,7 +70,8 @@ def table(scores: dict) -> str:
     lines = ["| score | top1_reward | pair_accuracy |", "|---|---|---|"]
     for score, m in scores.items():
         shown = [
-            "{:.3f} [{:.3f}, {:.3f}]".format(*m[name]) if name in m else "" for name in ("top1_reward", "pair_accuracy")
+            "{:.3f} [{:.3f}, {:.3f}]".format(*m[name]) if name in m else ""
+            for name in ("top1_reward", "pair_accuracy")
         ]
         lines.append(f"| {score} | {shown[0]} | {shown[1]} |")
     return "\n".join(lines)
@@ -75,7 +81,8 @@ def main(path: str, jobs: int = 0) -> dict:
     records = data.load([path])
     files = fold_files(records, Path("out/copa"))
     configs = {
-        row: [Config(data=[a], eval_data=[b], **COMMON, **settings) for a, b in files] for row, settings in ROWS.items()
+        row: [Config(data=[a], eval_data=[b], **COMMON, **settings) for a, b in files]
+        for row, settings in ROWS.items()
     }
     cells.run(
         [c for row in configs.values() for c in row], jobs
@@ -83,17 +90,26 @@ def main(path: str, jobs: int = 0) -> dict:
     results = {}
     for row, fold in configs.items():
         lists = [
-            json.loads(line) for c in fold for line in (cells.folder_of(c) / "heldout.jsonl").read_text().splitlines()
+            json.loads(line)
+            for c in fold
+            for line in (cells.folder_of(c) / "heldout.jsonl").read_text().splitlines()
         ]
         draws = np.random.default_rng(0).integers(len(lists), size=(1000, len(lists)))
         outcomes = {
-            score: np.array([list_outcome(r[score], r["rewards"]) for r in lists]).T for score in list(lists[0])[2:]
+            score: np.array([list_outcome(r[score], r["rewards"]) for r in lists]).T
+            for score in list(lists[0])[2:]
         }  # [3, lists] each
         results[row] = {score: interval(*outcome, draws) for score, outcome in outcomes.items()}
-        for score in ("policy_sum", "policy_mean", "policy_ratio"):  # paired differences, prompt by prompt
+        for score in (
+            "policy_sum",
+            "policy_mean",
+            "policy_ratio",
+        ):  # paired differences, prompt by prompt
             for other in ("longest", score.replace("policy", "reference")):
                 if other in outcomes:
-                    results[row][f"{score} - {other}"] = paired(outcomes[score], outcomes[other], draws)
+                    results[row][f"{score} - {other}"] = paired(
+                        outcomes[score], outcomes[other], draws
+                    )
     Path("results").mkdir(exist_ok=True)
     Path("results/copa.json").write_text(json.dumps(results, indent=1) + "\n")
     for row, scores in results.items():
@@ -102,7 +118,9 @@ def main(path: str, jobs: int = 0) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", help="dev-explained.jsonl of COPA-SSE, or canonical records")
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (default: one a core)")
     args = parser.parse_args()

@@ -38,7 +38,12 @@ SETTINGS = {
     "device": "cpu",
 }
 CASES = [(model, 1, tau, "tau/2") for model in ("gpt", "t5") for tau in (0.5, 1.0, 5.0)]
-CASES += [("gpt", 4, 0.5, "tau/2"), ("t5", 4, 0.5, "tau/2"), ("gpt", 1, 0.5, "1/2"), ("gpt", 1, 5.0, "1/2")]
+CASES += [
+    ("gpt", 4, 0.5, "tau/2"),
+    ("t5", 4, 0.5, "tau/2"),
+    ("gpt", 1, 0.5, "1/2"),
+    ("gpt", 1, 5.0, "1/2"),
+]
 
 
 def with_the_printed_coefficient(logps, ref_logps, rewards, values, tau):
@@ -59,7 +64,10 @@ def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     steps = STEPS[model]
-    began, losses = time.time(), dro.dro_v_losses if coefficient == "tau/2" else with_the_printed_coefficient
+    began, losses = (
+        time.time(),
+        dro.dro_v_losses if coefficient == "tau/2" else with_the_printed_coefficient,
+    )
     c = train.resolve(Config(model=model, tau=tau, seed=seed, lr=LR[model], **SETTINGS))
     world = train.make_world(c)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -67,16 +75,24 @@ def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -
     state = train.new_state(c, world, reference)
 
     responses = train.enumerate_tiny(world)
-    examples = train.with_responses(world.train[:: len(world.train) // prompts][:prompts], [responses] * prompts)
+    examples = train.with_responses(
+        world.train[:: len(world.train) // prompts][:prompts], [responses] * prompts
+    )
     for e in examples:
         e.rewards = train.rewarded(world, e.prompt, responses)
     whole = data.make_batch(examples, world.enc.eot_token)
-    rewards = (whole.rewards - whole.rewards.mean()) / whole.rewards.std(correction=0)  # [prompts, 584]
+    rewards = (whole.rewards - whole.rewards.mean()) / whole.rewards.std(
+        correction=0
+    )  # [prompts, 584]
 
     def score(model):
         return torch.tensor(train.score_examples(c, world, model, examples))
 
-    ref_logps, generator, rows = score(reference), train.rng(seed, "exact"), torch.arange(prompts)[:, None]
+    ref_logps, generator, rows = (
+        score(reference),
+        train.rng(seed, "exact"),
+        torch.arange(prompts)[:, None],
+    )
     mask = torch.ones(prompts, BATCH // prompts, dtype=torch.bool)
     for step in range(steps):
         pick = rows, full_support(generator, prompts)
@@ -90,8 +106,12 @@ def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -
         )
         logps = models.response_logps(state.policy, batch, world.allowed)
         values = train.batch_values(c, state, batch)[:, None].expand_as(logps)
-        policy_loss, value_loss = losses(*(x.flatten() for x in (logps, ref_logps[pick], rewards[pick], values)), tau)
-        norms = train.optimizer_step(state.optimizer, policy_loss.mean() + value_loss.mean(), step, steps, c.clip)
+        policy_loss, value_loss = losses(
+            *(x.flatten() for x in (logps, ref_logps[pick], rewards[pick], values)), tau
+        )
+        norms = train.optimizer_step(
+            state.optimizer, policy_loss.mean() + value_loss.mean(), step, steps, c.clip
+        )
         if not all(n < 1e6 for n in norms):
             break  # diverged, or not a number
 
@@ -137,7 +157,9 @@ def main(quick: bool = False, jobs: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--jobs", type=int, default=0, help="cases at a time (default: one a core)")
     args = parser.parse_args()

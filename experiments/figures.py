@@ -24,7 +24,11 @@ def draw(folder) -> str:
         return "no picture of the curves: the run made no step"
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text())
-    picture = json.loads((folder / "frontier.json").read_text()) if (folder / "frontier.json").exists() else {}
+    picture = (
+        json.loads((folder / "frontier.json").read_text())
+        if (folder / "frontier.json").exists()
+        else {}
+    )
     if not log:
         return "no picture of the curves: the run made no step"
 
@@ -33,13 +37,21 @@ def draw(folder) -> str:
         if points:
             ax.plot(*zip(*points), style, ms=3, label=label)
 
-    panels = [name for name in ("reward", "kl", "loss") if any(row.get(name) is not None for row in log)]
+    panels = [
+        name for name in ("reward", "kl", "loss") if any(row.get(name) is not None for row in log)
+    ]
     panels.append(
-        "residual" if "residual/rms" in log[0] else "softmax" if "candidates/max_prob" in log[0] else "margins"
+        "residual"
+        if "residual/rms" in log[0]
+        else "softmax"
+        if "candidates/max_prob" in log[0]
+        else "margins"
     )
     panels += ["plane"] * ("frontier" in picture) + ["value"] * ("value" in picture)
     rows, columns = (1, len(panels)) if len(panels) < 4 else (2, -(-len(panels) // 2))
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), constrained_layout=True, squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows), constrained_layout=True, squeeze=False
+    )
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels):
@@ -93,7 +105,9 @@ def draw(folder) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="folder of a finished run of train.py")
     try:
         print(draw(parser.parse_args().run))

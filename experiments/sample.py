@@ -28,7 +28,11 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
         )
     c = train.Config(**json.loads((folder / "config.json").read_text()))
     c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
-    enc = data.encoding(data.load_ranks(folder / "tokenizer.txt")) if c.tokenizer == "bpe" else data.gpt2_encoding()
+    enc = (
+        data.encoding(data.load_ranks(folder / "tokenizer.txt"))
+        if c.tokenizer == "bpe"
+        else data.gpt2_encoding()
+    )
     task = None if c.data else data.make_task(c.task, random.Random(c.seed))
     allowed = data.allowed_tokens(task, enc) if task else None
     world = train.World(
@@ -68,7 +72,9 @@ def knows(task: data.Task, prompt: str) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="folder of a run of train.py")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("-n", type=int, default=5, help="answers of each")
@@ -77,7 +83,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         if args.n < 1 or not args.temperature > 0:
-            raise train.ConfigError(f"-n {args.n} --temperature {args.temperature}: both must be positive")
+            raise train.ConfigError(
+                f"-n {args.n} --temperature {args.temperature}: both must be positive"
+            )
         print(answers(args.run, args.prompt, args.n, args.seed, args.temperature))
     except (train.ConfigError, data.DataError) as e:
         sys.exit(f"sample: {e}")

@@ -39,9 +39,12 @@ def of(rows: dict, **common) -> dict:
 
 
 AUTHORS = {"temperature": 2.0, "lr": 5e-4}  # LIRE's T in its paper, and a rate that suits it here
-DRO_ROWS = of({f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1, lr=5e-4)
+DRO_ROWS = of(
+    {f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1, lr=5e-4
+)
 DRO_POOLS = {
-    f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3} for row, settings in DRO_ROWS.items()
+    f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3}
+    for row, settings in DRO_ROWS.items()
 }
 TRIED = """
 --lr 2e-3
@@ -58,7 +61,12 @@ TRIED = """
 --evolve 5
 --evolve 10 --lr 1e-3
 --evolve 16 --candidates 16 --lr 1e-3 --steps 1200"""
-KTO_ROWS = of({f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)}, objective="kto", evolve=1, lr=5e-4)
+KTO_ROWS = of(
+    {f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)},
+    objective="kto",
+    evolve=1,
+    lr=5e-4,
+)
 
 TABLES = {  # name -> (columns, seeds, {row: settings})
     "sft": (
@@ -83,7 +91,11 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
             task="summary",
         ),
     ),
-    "candidates": (COLUMNS, 3, of({f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}, **AUTHORS)),
+    "candidates": (
+        COLUMNS,
+        3,
+        of({f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}, **AUTHORS),
+    ),
     "evolve": (
         COLUMNS,
         3,
@@ -106,7 +118,11 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
     ),
     "dro": (DRO, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
     "dro-t5": (DRO, 5, of({**DRO_ROWS, **KTO_ROWS}, model="t5")),
-    "dro-logged": (DRO, 5, {row: {**settings, "evolve": 0} for row, settings in {**DRO_ROWS, **KTO_ROWS}.items()}),
+    "dro-logged": (
+        DRO,
+        5,
+        {row: {**settings, "evolve": 0} for row, settings in {**DRO_ROWS, **KTO_ROWS}.items()},
+    ),
     "dro-tried": (
         DRO,
         1,
@@ -138,7 +154,10 @@ TABLES = {  # name -> (columns, seeds, {row: settings})
     "shuffled": (
         COLUMNS,
         3,
-        of({"its own prompts": {}, "trained on shuffled prompts": {"shuffle_prompts": True}}, **AUTHORS),
+        of(
+            {"its own prompts": {}, "trained on shuffled prompts": {"shuffle_prompts": True}},
+            **AUTHORS,
+        ),
     ),
 }
 
@@ -148,7 +167,9 @@ def mean_and_spread(values) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "-"
-    text = f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+    text = f"{statistics.mean(known):.2f}" + (
+        f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    )
     return text + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
@@ -158,14 +179,20 @@ def table(name: str, results: dict) -> str:
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for row, found in results.items():
         lines.append(
-            f"| {row} | " + " | ".join(mean_and_spread([m.get(column) for m in found]) for column in columns) + " |"
+            f"| {row} | "
+            + " | ".join(mean_and_spread([m.get(column) for m in found]) for column in columns)
+            + " |"
         )
     return "\n".join(lines)
 
 
 def main(name: str, jobs: int = 0) -> None:
     _, seeds, rows = TABLES[name]
-    configs = [(row, Config(**{**settings, "seed": seed})) for row, settings in rows.items() for seed in range(seeds)]
+    configs = [
+        (row, Config(**{**settings, "seed": seed}))
+        for row, settings in rows.items()
+        for seed in range(seeds)
+    ]
     metrics = cells.run([c for _, c in configs], jobs)
     results = {row: [m for (other, _), m in zip(configs, metrics) if other == row] for row in rows}
     Path("results").mkdir(exist_ok=True)
@@ -174,7 +201,9 @@ def main(name: str, jobs: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (default: one a core)")
     args = parser.parse_args()

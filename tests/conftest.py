@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the runs that tests start as processes read it too
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported; the runs that tests start as processes read it too
+)
 
 import pytest
 import torch

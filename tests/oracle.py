@@ -95,7 +95,10 @@ def kto_loss(ratios, desirable, mismatched, beta):
     z = max(0.0, beta * np.mean(mismatched))
     sigmoid = lambda x: 1 / (1 + np.exp(-x))
     return np.array(
-        [1 - sigmoid(beta * x - z) if good else 1 - sigmoid(z - beta * x) for x, good in zip(ratios, desirable)]
+        [
+            1 - sigmoid(beta * x - z) if good else 1 - sigmoid(z - beta * x)
+            for x, good in zip(ratios, desirable)
+        ]
     )
 
 
@@ -138,7 +141,9 @@ def pro_loss(s, lengths, r):
     for k in range(len(r) - 1):
         inverse = [r[k] - r[i] for i in range(k + 1, len(r))]
         own = np.exp(max(inverse) * p[k])
-        loss -= np.log(own / (own + sum(np.exp(t * p[i]) for t, i in zip(inverse, range(k + 1, len(r))))))
+        loss -= np.log(
+            own / (own + sum(np.exp(t * p[i]) for t, i in zip(inverse, range(k + 1, len(r)))))
+        )
     return loss
 
 
@@ -173,7 +178,11 @@ def merge(word, pair):
 def naive_bpe(texts, vocab_size, pattern):
     """{token: rank}, one id of vocab_size left to EOS. The most frequent pair within the pre-tokens is joined, the
     smallest (left bytes, right bytes) at a tie, until no pair occurs twice."""
-    words = [[bytes([b]) for b in piece.encode()] for text in texts for piece in re.findall(pattern, text)]
+    words = [
+        [bytes([b]) for b in piece.encode()]
+        for text in texts
+        for piece in re.findall(pattern, text)
+    ]
     vocabulary = [bytes([b]) for b in range(256)]
     while len(vocabulary) < vocab_size - 1:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))

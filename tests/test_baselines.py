@@ -20,7 +20,12 @@ L, GOOD, MISMATCHED = (0.5, -0.8, 1.2, 0.1), (True, False, True, False), (-0.4, 
 def kto(ratios=L, good=GOOD, mismatched=MISMATCHED, beta=0.1, ref=-3.0, dtype=torch.float64):
     ratios, mismatched = torch.tensor(ratios, dtype=dtype), torch.tensor(mismatched, dtype=dtype)
     return baselines.kto_loss(
-        ratios + ref, torch.full_like(ratios, ref), torch.tensor(good), mismatched - 1.0, mismatched * 0 - 1.0, beta
+        ratios + ref,
+        torch.full_like(ratios, ref),
+        torch.tensor(good),
+        mismatched - 1.0,
+        mismatched * 0 - 1.0,
+        beta,
     )
 
 
@@ -35,14 +40,18 @@ def test_kto_by_hand_and_known_values():
     ]
     assert kto().tolist() == pytest.approx(expected, abs=1e-12)
     assert kto().mean().item() == pytest.approx(0.485011, abs=1e-6)
-    assert kto(beta=5.0).tolist() == pytest.approx([0.182426, 0.006693, 0.006693, 0.377541], abs=1e-6)
+    assert kto(beta=5.0).tolist() == pytest.approx(
+        [0.182426, 0.006693, 0.006693, 0.377541], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("mismatched", [MISMATCHED, (-2.0, -1.0), ()])
 def test_kto_equals_the_oracle(beta, mismatched):
     expected = oracle.kto_loss(L, GOOD, mismatched or (0.0,), beta)
-    assert kto(beta=beta, mismatched=mismatched).tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+    assert kto(beta=beta, mismatched=mismatched).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-12
+    )
 
 
 def test_kto_pushes_the_desirable_up_and_the_others_down_and_z_has_no_gradient():
@@ -65,7 +74,12 @@ def test_kto_refuses_impossible_beta(beta):
 
 def test_kto_refuses_shapes_that_would_broadcast_and_labels_that_are_no_bools():
     s, good = torch.zeros(4), torch.tensor(GOOD)
-    for wrong in ((s[:, None], s, good), (s, s[:1], good), (s, s, good[:, None]), (s, s, good.float())):
+    for wrong in (
+        (s[:, None], s, good),
+        (s, s[:1], good),
+        (s, s, good[:, None]),
+        (s, s, good.float()),
+    ):
         with pytest.raises(ValueError, match="expected logps"):
             baselines.kto_loss(*wrong, s, s, 1.0)
     with pytest.raises(ValueError, match="mismatched"):
@@ -93,7 +107,9 @@ RATIOS = (0.7, -0.4), (-1.3, 0.2), (0.0, 0.0)
 @pytest.mark.parametrize("name", ["dpo_loss", "ipo_loss"])
 def test_pair_losses_equal_the_oracle_and_finite_differences(name, beta):
     loss, judge = getattr(baselines, name), getattr(oracle, name)
-    assert loss(*pairs(*RATIOS), beta).tolist() == pytest.approx([judge(a, b, beta) for a, b in RATIOS], abs=1e-12)
+    assert loss(*pairs(*RATIOS), beta).tolist() == pytest.approx(
+        [judge(a, b, beta) for a, b in RATIOS], abs=1e-12
+    )
     chosen, rejected, *ref = pairs(*RATIOS)
     chosen.requires_grad_(), rejected.requires_grad_()
     loss(chosen, rejected, *ref, beta).sum().backward()
@@ -115,7 +131,9 @@ def test_ipo_is_zero_at_its_margin_and_pulls_back_beyond_it():
     chosen.requires_grad_()
     loss = baselines.ipo_loss(chosen, *rest, 0.1)  # margin 1 / (2 * 0.1) = 5
     loss.sum().backward()
-    assert loss.tolist() == pytest.approx([0, 1, 1]) and chosen.grad.tolist() == pytest.approx([0, 2, -2])
+    assert loss.tolist() == pytest.approx([0, 1, 1]) and chosen.grad.tolist() == pytest.approx(
+        [0, 2, -2]
+    )
 
 
 def test_slic_is_a_hinge_on_sums_without_a_reference():
@@ -153,7 +171,9 @@ LISTS = [  # log-probs, reference log-probs, lengths, rewards: five lists of 1 t
     ((-4.0, -2.0), (-4.0, -4.0), (2, 2), (1.0, 1.0)),
 ]
 JUDGES = {
-    "plackett_luce_loss": lambda s, ref, n, r: oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.7),
+    "plackett_luce_loss": lambda s, ref, n, r: oracle.plackett_luce_loss(
+        np.array(s) - np.array(ref), r, 0.7
+    ),
     "rrhf_loss": lambda s, ref, n, r: oracle.rrhf_loss(s, n, r),
     "pro_loss": lambda s, ref, n, r: oracle.pro_loss(s, n, r),
 }
@@ -190,7 +210,9 @@ def test_list_losses_and_gradients_equal_the_oracle_whatever_the_padding_holds(n
 def test_list_losses_follow_the_candidates_wherever_they_stand(name):
     *tensors, mask = padded()
     order = torch.tensor([5, 4, 3, 2, 0, 1])
-    plain, moved = (list_loss(name, *(t[:, o] for t in (*tensors, mask))) for o in (torch.arange(6), order))
+    plain, moved = (
+        list_loss(name, *(t[:, o] for t in (*tensors, mask))) for o in (torch.arange(6), order)
+    )
     unlike = [len(set(row[3])) == len(row[3]) for row in LISTS]  # ties are ranked as they stand
     assert moved[unlike].tolist() == pytest.approx(plain[unlike].tolist())
 
@@ -199,9 +221,9 @@ def test_plackett_luce_of_two_is_dpo_and_of_equals_is_the_number_of_orders():
     s, ref = torch.tensor([[-3.0, -5.0]]), torch.tensor([[-2.5, -5.5]])
     both = torch.ones(1, 2, dtype=torch.bool)
     pair = baselines.dpo_loss(s[:, 1], s[:, 0], ref[:, 1], ref[:, 0], 0.7)
-    assert baselines.plackett_luce_loss(s, ref, torch.tensor([[0, 9]]), both, 0.7).tolist() == pytest.approx(
-        pair.tolist()
-    )
+    assert baselines.plackett_luce_loss(
+        s, ref, torch.tensor([[0, 9]]), both, 0.7
+    ).tolist() == pytest.approx(pair.tolist())
     zeros = torch.zeros(1, 5)
     equal = baselines.plackett_luce_loss(zeros, zeros, torch.arange(5)[None], zeros == 0, 1.0)
     assert equal.item() == pytest.approx(math.log(math.factorial(5)), rel=1e-6)
@@ -209,18 +231,25 @@ def test_plackett_luce_of_two_is_dpo_and_of_equals_is_the_number_of_orders():
 
 def test_plackett_luce_is_finite_where_log_ratios_are_huge():
     logps = torch.tensor([[-2000.0, -5.0, 0.0]], requires_grad=True)
-    baselines.plackett_luce_loss(logps, logps.detach() * 0, torch.arange(3)[None], logps == logps, 5.0).sum().backward()
+    baselines.plackett_luce_loss(
+        logps, logps.detach() * 0, torch.arange(3)[None], logps == logps, 5.0
+    ).sum().backward()
     assert logps.grad.isfinite().all()
 
 
 def test_rrhf_and_pro_divide_by_the_lengths_and_do_nothing_for_a_single_response():
     one = torch.ones(1, 1, dtype=torch.bool)
     for loss in (baselines.rrhf_loss, baselines.pro_loss):
-        assert loss(torch.tensor([[-4.0]]), torch.tensor([[3]]), torch.tensor([[1.0]]), one).item() == 0
+        assert (
+            loss(torch.tensor([[-4.0]]), torch.tensor([[3]]), torch.tensor([[1.0]]), one).item()
+            == 0
+        )
     two = torch.ones(1, 2, dtype=torch.bool)
     s, r = torch.tensor([[-4.0, -6.0]]), torch.tensor([[0.0, 2.0]])
     assert baselines.rrhf_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(-1 + 2)
-    assert baselines.rrhf_loss(s, torch.tensor([[2, 3]]), r, two).item() == 0  # -2 a token each: a tie costs nothing
+    assert (
+        baselines.rrhf_loss(s, torch.tensor([[2, 3]]), r, two).item() == 0
+    )  # -2 a token each: a tie costs nothing
     assert baselines.pro_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(
         math.log(1 + math.exp(2 * (2 - 1)))
     )
@@ -238,13 +267,19 @@ def test_list_losses_refuse_other_shapes_and_masks(name):
 
 def test_half_precision_is_computed_in_float32():
     for name in JUDGES:
-        assert list_loss(name, *padded(dtype=torch.bfloat16)[:4], padded()[4]).dtype == torch.float32
+        assert (
+            list_loss(name, *padded(dtype=torch.bfloat16)[:4], padded()[4]).dtype == torch.float32
+        )
     assert baselines.dpo_loss(*pairs(*RATIOS, dtype=torch.bfloat16), 1.0).dtype == torch.float32
 
 
 def test_minimum_risk_training_is_lire():
     """Shen et al. 2016: the risk 1 - reward, sharpness alpha = 1 / T."""
-    s, r, T = torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64), torch.tensor([[0.2, 1.0, 0.5]]).double(), 2.0
+    s, r, T = (
+        torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64),
+        torch.tensor([[0.2, 1.0, 0.5]]).double(),
+        2.0,
+    )
     risk = oracle.mrt_risk(s[0].exp().numpy(), 1 - r[0].numpy(), 1 / T)
     assert lire.lire_loss(s, r, s == s, T).item() + 1 == pytest.approx(risk)
 
@@ -255,10 +290,14 @@ def test_minimum_risk_training_is_lire():
 def trl_loss(trainer_name, logps, ref_logps, beta, **inputs):
     """The loss of TRL's own code, given log-probs [N] as those of one-token responses. Written for TRL 1.16."""
     trl = pytest.importorskip("trl", minversion="1.16")
-    sequences = torch.ones(len(logps), 2, dtype=torch.long)  # a token of prompt, a token of response
+    sequences = torch.ones(
+        len(logps), 2, dtype=torch.long
+    )  # a token of prompt, a token of response
     outputs = types.SimpleNamespace(log_probs=logps[:, None], is_top1=logps[:, None] > 0)
     outputs.entropy = outputs.mean_logits = torch.zeros(len(logps), 1)
-    accelerator = types.SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    accelerator = types.SimpleNamespace(
+        device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
     trainer = types.SimpleNamespace(
         model=torch.nn.Identity().eval(), accelerator=accelerator, precompute_ref_logps=True, beta=beta, aux_loss_enabled=False,
         f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, use_weighting=False,
@@ -281,7 +320,9 @@ def test_dpo_equals_trl(beta):
     expected = trl_loss(
         "DPOTrainer", torch.cat([chosen, rejected]), None, beta, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected
     )  # fmt: skip
-    assert baselines.dpo_loss(*pairs(*RATIOS), beta).mean().item() == pytest.approx(expected.item(), abs=1e-12)
+    assert baselines.dpo_loss(*pairs(*RATIOS), beta).mean().item() == pytest.approx(
+        expected.item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
@@ -291,7 +332,9 @@ def test_kto_equals_trl(beta, mismatched):
     expected = trl_loss(
         "KTOTrainer", ratios - 3, torch.full_like(ratios, -3), beta, label=torch.tensor(GOOD), KL_logps=other, ref_KL_logps=other * 0
     )  # fmt: skip
-    assert kto(beta=beta, mismatched=mismatched).mean().item() == pytest.approx(expected.item(), abs=1e-12)
+    assert kto(beta=beta, mismatched=mismatched).mean().item() == pytest.approx(
+        expected.item(), abs=1e-12
+    )
 
 
 # in the run
@@ -304,7 +347,9 @@ def batch_of(rewards, mask=None):
     (B, M), lengths = rewards.shape, torch.randint(1, 6, rewards.shape, generator=g)
     ids, tokens = torch.ones(B, M, 5, dtype=torch.long), torch.arange(5) < lengths[..., None]
     logps, ref_logps = -3 * torch.rand(2, B, M, generator=g)
-    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, tokens & mask[..., None], mask, rewards, ref_logps)
+    batch = data.Batch(
+        ids[:, 0], ids[:, 0].bool(), ids, tokens & mask[..., None], mask, rewards, ref_logps
+    )
     return logps.requires_grad_(), batch
 
 
@@ -316,17 +361,28 @@ def objective(name, logps, batch, mismatched=None, **settings):
 def row(logps, batch, b):
     """List b: log-probs, reference's, lengths, rewards of its real candidates, as lists."""
     keep = batch.candidate_mask[b]
-    return [x[b][keep].tolist() for x in (logps.detach(), batch.ref_logps, batch.response_mask.sum(-1), batch.rewards)]
+    return [
+        x[b][keep].tolist()
+        for x in (logps.detach(), batch.ref_logps, batch.response_mask.sum(-1), batch.rewards)
+    ]
 
 
-RAGGED = [[0.5, 2.0, 1.0], [3.0, 1.0, 9.0], [1.0, 1.0, 1.0]], [[True] * 3, [True, True, False], [True] * 3]
+RAGGED = (
+    [[0.5, 2.0, 1.0], [3.0, 1.0, 9.0], [1.0, 1.0, 1.0]],
+    [[True] * 3, [True, True, False], [True] * 3],
+)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "slic"])
 @pytest.mark.parametrize("pairs", ["best-worst", "all"])
 def test_pairs_of_a_list_are_best_against_worst_or_all_of_unlike_reward(name, pairs):
     logps, batch = batch_of(*RAGGED)
-    all_pairs = [(0, 1, 0), (0, 1, 2), (0, 2, 0), (1, 0, 1)]  # list, chosen, rejected; the third list is a tie
+    all_pairs = [
+        (0, 1, 0),
+        (0, 1, 2),
+        (0, 2, 0),
+        (1, 0, 1),
+    ]  # list, chosen, rejected; the third list is a tie
     expected = []
     for b, i, j in all_pairs if pairs == "all" else [(0, 1, 0), (1, 0, 1)]:
         s, ref, *_ = row(logps, batch, b)
@@ -350,8 +406,12 @@ def test_a_batch_of_ties_teaches_nothing(name):
 
 def test_slic_learns_its_sft_term_from_ties_too():
     logps, batch = batch_of([[1.1, 1.1], [1.1, 1.1]])
-    expected = 0.2 * np.mean([oracle.sft_loss(s, n, r) for s, _, n, r in (row(logps, batch, b) for b in range(2))])
-    assert objective("slic", logps, batch, sft_weight=0.2).item() == pytest.approx(expected, rel=1e-5)
+    expected = 0.2 * np.mean(
+        [oracle.sft_loss(s, n, r) for s, _, n, r in (row(logps, batch, b) for b in range(2))]
+    )
+    assert objective("slic", logps, batch, sft_weight=0.2).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_list_objectives_add_their_share_of_the_best_response():
@@ -359,19 +419,32 @@ def test_list_objectives_add_their_share_of_the_best_response():
     rows = [row(logps, batch, b) for b in range(3)]
     best = [oracle.sft_loss(s, n, r) for s, _, n, r in rows]
     rrhf = [oracle.rrhf_loss(s, n, r) + 1.0 * nll for (s, _, n, r), nll in zip(rows, best)]
-    pro = [oracle.pro_loss(s, n, r) + 0.05 * (len(s) - 1) ** 2 * nll for (s, _, n, r), nll in zip(rows, best)]
-    ranked = [oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.1) for s, ref, _, r in rows]
+    pro = [
+        oracle.pro_loss(s, n, r) + 0.05 * (len(s) - 1) ** 2 * nll
+        for (s, _, n, r), nll in zip(rows, best)
+    ]
+    ranked = [
+        oracle.plackett_luce_loss(np.array(s) - np.array(ref), r, 0.1) for s, ref, _, r in rows
+    ]
     ranked[2] = 0.0  # equal rewards have no order
-    assert objective("rrhf", logps, batch, sft_weight=1.0).item() == pytest.approx(np.mean(rrhf), rel=1e-5)
-    assert objective("pro", logps, batch, sft_weight=0.05).item() == pytest.approx(np.mean(pro), rel=1e-5)
-    assert objective("pl-dpo", logps, batch, beta=0.1).item() == pytest.approx(np.mean(ranked), rel=1e-5)
+    assert objective("rrhf", logps, batch, sft_weight=1.0).item() == pytest.approx(
+        np.mean(rrhf), rel=1e-5
+    )
+    assert objective("pro", logps, batch, sft_weight=0.05).item() == pytest.approx(
+        np.mean(pro), rel=1e-5
+    )
+    assert objective("pl-dpo", logps, batch, beta=0.1).item() == pytest.approx(
+        np.mean(ranked), rel=1e-5
+    )
     slic = [objective("slic", logps, batch, sft_weight=weight).item() for weight in (0.1, 0.0)]
     assert slic[0] - slic[1] == pytest.approx(0.1 * np.mean(best), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
 def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
-    own = {"sft_weight": 0.0} if name in ("rrhf", "slic", "pro") else {}  # the ranking alone must do it
+    own = (
+        {"sft_weight": 0.0} if name in ("rrhf", "slic", "pro") else {}
+    )  # the ranking alone must do it
     c = train.Config(
         objective=name, task="tiny", layers=1, heads=2, width=32, reference_steps=30, steps=40, lr=3e-3, evolve=2, eval_every=40,
         eval_prompts=16, eval_samples=16, out=str(tmp_path / "run"), device="cpu", **own

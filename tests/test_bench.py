@@ -25,8 +25,12 @@ def test_useful_flops_by_hand():
     """L = 1, D = 2, V = 3; 2 lists of M = 2, S = 3, R = 2: 3 + 2 tokens read, of which the last 3 states meet the head."""
     blocks = 6 * (12 * 2 * 2) * (3 + 2 * 1)
     head = 6 * (3 * 2) * (1 + 2 * 1)
-    pairs = (1 + 2 + 3) + 2 * (3 + 1)  # a prompt token with those up to itself, a response token with prompt and itself
-    attention = 3 * 2 * (2 * 2) * pairs  # forward and twice that backward; multiply-add = 2; q k and weights v, D each
+    pairs = (1 + 2 + 3) + 2 * (
+        3 + 1
+    )  # a prompt token with those up to itself, a response token with prompt and itself
+    attention = (
+        3 * 2 * (2 * 2) * pairs
+    )  # forward and twice that backward; multiply-add = 2; q k and weights v, D each
     config = models.GPTConfig(vocab_size=3, layers=1, heads=1, width=2)
     assert bench.useful_flops(config, 2, 2, 3, 2) == 2 * (blocks + head + attention)
 
@@ -69,7 +73,9 @@ def test_both_variants_score_and_learn_the_same():
 
 def test_sampling_with_and_without_the_cache_draws_the_same_tokens():
     model, once, _ = bench.setup("default", (M, S, R), "cpu", B)
-    draw = lambda f: f(model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator().manual_seed(0))
+    draw = lambda f: f(
+        model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator().manual_seed(0)
+    )
     ids, mask = draw(models.sample)
     assert mask.all() and torch.equal(draw(bench.sample_uncached), ids)
 
@@ -88,7 +94,14 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
     result = bench.main(["--quick", "--pairs", "1", "--shapes", "2,3,2"])
     assert json.loads((tmp_path / "out/bench.json").read_text()) == result
     [row] = result["rows"]
-    assert (row["model"], row["B"], row["M"], row["S"], row["R"], row["pairs"]) == ("default", 16, 2, 3, 2, 1)
+    assert (row["model"], row["B"], row["M"], row["S"], row["R"], row["pairs"]) == (
+        "default",
+        16,
+        2,
+        3,
+        2,
+        1,
+    )
     assert row["reached"] == row["ratio"][1] / row["token_ratio"] and row["token_ratio"] == 10 / 7
     flops = bench.useful_flops(models.GPTConfig(), 16, 2, 3, 2)
     assert row["peak_once"] == pytest.approx(flops / row["once"][1] / 1e12)
@@ -98,7 +111,14 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [["--shapes", "8,64"], ["--shapes", "8,0,2"], ["--shapes", "a"], ["--pairs", "0"], ["--model", "t5"]]
+    "options",
+    [
+        ["--shapes", "8,64"],
+        ["--shapes", "8,0,2"],
+        ["--shapes", "a"],
+        ["--pairs", "0"],
+        ["--model", "t5"],
+    ],
 )
 def test_impossible_options_end_with_one_line(options, capsys):
     with pytest.raises(SystemExit):
@@ -109,5 +129,7 @@ def test_impossible_options_end_with_one_line(options, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_the_whole_benchmark_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [row] = bench.main(["--quick", "--pairs", "1", "--shapes", "2,32,16", "--device", "cuda"])["rows"]
+    [row] = bench.main(["--quick", "--pairs", "1", "--shapes", "2,32,16", "--device", "cuda"])[
+        "rows"
+    ]
     assert row["memory_repeated"] > row["memory_once"] > 0

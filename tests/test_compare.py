@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import dro
+import frontier
 import train
 from experiments import cells, compare
 
@@ -90,14 +90,21 @@ def test_joint_weights_of_two_are_the_mixture_weights_and_of_three_find_what_enu
         -1
     )  # three models, 4 prompts, 20 responses
     rewards, n = torch.randn(4, 20, generator=g, dtype=torch.float64), 20_000
-    samples = torch.cat([of.exp().multinomial(n, True, generator=g) for of in exact], -1)  # [4, 3 n]
+    samples = torch.cat(
+        [of.exp().multinomial(n, True, generator=g) for of in exact], -1
+    )  # [4, 3 n]
     logps, earned = exact.gather(-1, samples.expand(3, -1, -1)), rewards.gather(-1, samples)
     pair = exact[:2].gather(-1, samples[:, : 2 * n].expand(2, -1, -1))
-    for joint, mixture in zip(compare.joint_weights(pair), dro.mixture_weights(pair[1] - pair[0])):
+    for joint, mixture in zip(
+        compare.joint_weights(pair), frontier.mixture_weights(pair[1] - pair[0])
+    ):
         assert torch.allclose(joint, mixture)
     weights = compare.joint_weights(logps)
     for k in (1, 2):
-        sampled, whole = dro.frontier(weights[0], weights[k], earned), dro.frontier(exact[0], exact[k], rewards)
+        sampled, whole = (
+            frontier.frontier(weights[0], weights[k], earned),
+            frontier.frontier(exact[0], exact[k], rewards),
+        )
         assert sampled.kl == pytest.approx(whole.kl, rel=0.02)
         assert sampled.efficiency == pytest.approx(whole.efficiency, abs=0.02)
 
@@ -109,7 +116,9 @@ def test_no_seeds_are_refused(seeds):
 
 
 def test_own_metrics_by_hand():
-    logps = torch.tensor([[-1.0, -2.0, -3.0, -5.0]])  # two samples of the reference, then two of the policy
+    logps = torch.tensor(
+        [[-1.0, -2.0, -3.0, -5.0]]
+    )  # two samples of the reference, then two of the policy
     ref_logps = torch.tensor([[-1.0, -1.0, -4.0, -4.0]])
     rewards = torch.tensor([[0.0, 1.0, 1.0, 2.0]])
     m = compare.own_metrics([[[5, 9], [5, 9]]], logps, ref_logps, rewards, 1, 2)
@@ -120,7 +129,10 @@ def test_own_metrics_by_hand():
 
 def test_failures_and_collapses_are_told_on_their_row():
     good = {name: 1.0 for name in compare.COLUMNS}
-    results = {"reference": [good], "rows": {"a": [good, {**good, "collapsed": True}], "b": [{"failed": True}, good]}}
+    results = {
+        "reference": [good],
+        "rows": {"a": [good, {**good, "collapsed": True}], "b": [{"failed": True}, good]},
+    }
     lines = compare.table(results).splitlines()
     assert lines[3].endswith("1 of 2 collapsed |") and lines[4].endswith("1 of 2 failed |")
     assert "(1 of 2)" in lines[4] and "nan" not in compare.table(results)

@@ -21,7 +21,11 @@ from hypothesis import strategies as st
 import data
 
 DATA_DIR = Path(os.environ.get("LIRE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
-GOOD = {"prompt": "Describe the pond.", "responses": ["Calm.", "Wet.", "Soup."], "rewards": [1.7, 0.2, -2.1]}
+GOOD = {
+    "prompt": "Describe the pond.",
+    "responses": ["Calm.", "Wet.", "Soup."],
+    "rewards": [1.7, 0.2, -2.1],
+}
 COPA = {
     "id": "1",
     "asks-for": "effect",
@@ -46,7 +50,10 @@ quickly = settings(
 def write(folder, *lines, name="lists.jsonl"):
     """A file of these lines: records, strings or bytes."""
     path = folder / name
-    raw = [x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines]
+    raw = [
+        x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode()
+        for x in lines
+    ]
     with (gzip.open if name.endswith(".gz") else open)(path, "wb") as f:
         f.write(b"".join(line + b"\n" for line in raw))
     return path
@@ -76,7 +83,11 @@ visible = st.text(min_size=1, max_size=20).filter(str.strip)
 number = st.floats(-1e30, 1e30) | st.integers(-(10**6), 10**6)
 scored = st.lists(st.tuples(visible, number), min_size=1, max_size=5)
 record = st.builds(
-    lambda prompt, lists: {"prompt": prompt, "responses": [t for t, _ in lists], "rewards": [r for _, r in lists]},
+    lambda prompt, lists: {
+        "prompt": prompt,
+        "responses": [t for t, _ in lists],
+        "rewards": [r for _, r in lists],
+    },
     visible,
     scored,
 )
@@ -109,7 +120,9 @@ def test_byte_order_mark_blank_lines_and_windows_line_ends_are_no_obstacle(tmp_p
 
 def test_it_says_what_it_recognised_and_which_response_it_takes_for_the_best(tmp_path):
     (news,) = load(write(tmp_path, GOOD, GOOD))[1]
-    assert "canonical" in news and "2 prompts" in news and "6 responses" in news and "'Calm.'" in news
+    assert (
+        "canonical" in news and "2 prompts" in news and "6 responses" in news and "'Calm.'" in news
+    )
 
 
 def test_limit_keeps_the_first_lists(tmp_path):
@@ -120,18 +133,28 @@ def test_limit_keeps_the_first_lists(tmp_path):
 
 @pytest.mark.parametrize("limit", [3, 5, 7])
 def test_limit_counts_over_all_files(tmp_path, limit):
-    a, b = write(tmp_path, *[GOOD] * 5, name="a.jsonl"), write(tmp_path, *[GOOD] * 5, name="b.jsonl")
+    a, b = (
+        write(tmp_path, *[GOOD] * 5, name="a.jsonl"),
+        write(tmp_path, *[GOOD] * 5, name="b.jsonl"),
+    )
     assert len(load(a, b, limit=limit)[0]) == limit
 
 
 @pytest.mark.parametrize(
-    "unusable", [changed(prompt="  "), changed(responses=["", "Wet.", "Soup."]), changed(responses=[], rewards=[])]
+    "unusable",
+    [
+        changed(prompt="  "),
+        changed(responses=["", "Wet.", "Soup."]),
+        changed(responses=[], rewards=[]),
+    ],
 )
 def test_up_to_5_percent_of_unusable_records_are_dropped_and_counted(tmp_path, unusable):
     path = write(tmp_path, GOOD, unusable, *[GOOD] * 18)
     records, news = load(path)
     assert records == [GOOD] * 19 and "1 of 20 records dropped" in news[0] and "lines 2" in news[0]
-    assert error(write(tmp_path, GOOD, unusable, *[GOOD] * 17)).startswith(f"{path}:2: more than 5 %")
+    assert error(write(tmp_path, GOOD, unusable, *[GOOD] * 17)).startswith(
+        f"{path}:2: more than 5 %"
+    )
     assert error(write(tmp_path, unusable)).startswith(f"{path}:1: ")
 
 
@@ -148,7 +171,10 @@ BROKEN = {
     "no rewards": (changed(rewards=None), "no field 'rewards'"),
     "prompt of another type": (changed(prompt=["Describe the pond."]), "'prompt' is list"),
     "responses of another type": (changed(responses="Calm."), "'responses' is str"),
-    "a response of another type": (changed(responses=["Calm.", "Wet.", 3]), "something else than strings"),
+    "a response of another type": (
+        changed(responses=["Calm.", "Wet.", 3]),
+        "something else than strings",
+    ),
     "too few rewards": (changed(rewards=[1.7, 0.2]), "3 responses and 2 rewards"),
     "too many rewards": (changed(rewards=[1.7, 0.2, -2.1, 0.0]), "3 responses and 4 rewards"),
     "nan": (changed(rewards=[1.7, math.nan, -2.1]), "reward 2 is nan"),
@@ -160,7 +186,10 @@ BROKEN = {
     "a bool": (changed(rewards=[True, 0.2, -2.1]), "reward 1 is True"),
     "a string": (changed(rewards=["1.7", 0.2, -2.1]), "reward 1 is '1.7'"),
     "a missing reward": (changed(rewards=[None, 0.2, -2.1]), "reward 1 is None"),
-    "Latin-1": (json.dumps(changed(prompt="caf\u00e9"), ensure_ascii=False).encode("latin-1"), "not UTF-8"),
+    "Latin-1": (
+        json.dumps(changed(prompt="caf\u00e9"), ensure_ascii=False).encode("latin-1"),
+        "not UTF-8",
+    ),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not UTF-8"),
     "byte order mark inside": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON"),
 }
@@ -197,8 +226,12 @@ def test_a_broken_copa_line_is_named_with_its_file_and_number(tmp_path, case):
 def test_a_file_without_records_or_that_cannot_be_read_is_named(tmp_path):
     assert error(write(tmp_path)).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
     assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:2: no record")
-    assert error(write(tmp_path, b"\xef\xbb\xbf")).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
-    assert error(tmp_path / "absent.jsonl").startswith(f"{tmp_path / 'absent.jsonl'}:1: No such file")
+    assert error(write(tmp_path, b"\xef\xbb\xbf")).startswith(
+        f"{tmp_path / 'lists.jsonl'}:1: no record"
+    )
+    assert error(tmp_path / "absent.jsonl").startswith(
+        f"{tmp_path / 'absent.jsonl'}:1: No such file"
+    )
     assert error(tmp_path).startswith(f"{tmp_path}:1: Is a directory")
 
 
@@ -210,18 +243,31 @@ def test_every_truncation_or_corruption_of_a_gz_file_ends_in_one_line(tmp_path):
         assert error(path).startswith(f"{path}:1: ")
     path.write_bytes(json.dumps(GOOD).encode())
     assert error(path).startswith(f"{path}:1: ")
-    for n in range(whole.index(b"\0", 10) + 1, len(whole)):  # a wrong byte after the header and the file name in it
+    for n in range(
+        whole.index(b"\0", 10) + 1, len(whole)
+    ):  # a wrong byte after the header and the file name in it
         path.write_bytes(whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :])
         assert re.match(rf"{re.escape(str(path))}:\d+: ", error(path))
 
 
 json_value = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 field = st.sampled_from(
-    ["prompt", "responses", "rewards", "human-explanations", "asks-for", "most-plausible-alternative", "p", "a2"]
+    [
+        "prompt",
+        "responses",
+        "rewards",
+        "human-explanations",
+        "asks-for",
+        "most-plausible-alternative",
+        "p",
+        "a2",
+    ]
 )
 mutated = st.builds(
     lambda base, name, value: json.dumps({**base, name: value}).encode(),
@@ -233,7 +279,9 @@ cut = st.builds(lambda n: json.dumps(GOOD).encode()[:n], st.integers(1, len(json
 
 
 @quickly
-@given(line=cut | json_value.filter(lambda v: not isinstance(v, dict)).map(json.dumps).map(str.encode))
+@given(
+    line=cut | json_value.filter(lambda v: not isinstance(v, dict)).map(json.dumps).map(str.encode)
+)
 def test_a_line_that_is_no_record_always_ends_the_load_at_its_number(tmp_path, line):
     path = write(tmp_path, GOOD, GOOD, line)
     assert error(path).startswith(f"{path}:3: ")
@@ -250,7 +298,9 @@ def test_whatever_a_file_holds_it_is_read_or_refused_with_file_and_line(tmp_path
     else:
         for r in records:
             assert r["prompt"].strip() and r["responses"] and all(t.strip() for t in r["responses"])
-            assert len(r["responses"]) == len(r["rewards"]) and all(map(math.isfinite, r["rewards"]))
+            assert len(r["responses"]) == len(r["rewards"]) and all(
+                map(math.isfinite, r["rewards"])
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------ COPA-SSE, splits
@@ -274,9 +324,9 @@ def test_copa_sse_itself_equals_its_canonical_form():
     (a, _), (b, _) = load(theirs), load(ours)
     assert len(a) == len(b) == 1000 and sum(len(r["responses"]) for r in a) == 6579
     for x, y in zip(a, b):
-        assert (x["prompt"], x["responses"]) == (y["prompt"], y["responses"]) and x["rewards"] == pytest.approx(
-            y["rewards"], abs=1e-4
-        )
+        assert (x["prompt"], x["responses"]) == (y["prompt"], y["responses"]) and x[
+            "rewards"
+        ] == pytest.approx(y["rewards"], abs=1e-4)
 
 
 def test_a_prompt_is_held_out_by_its_text_alone():
@@ -287,7 +337,9 @@ def test_a_prompt_is_held_out_by_its_text_alone():
     assert held == [r for r in records if int.from_bytes(first_32_bits(r), "big") / 2**32 < 0.1]
     assert sorted(train + held, key=records.index) == records
     others = [changed(r, responses=["Else."], rewards=[0]) for r in reversed(records[::3])]
-    assert {r["prompt"] for r in data.split(others)[1]} == {r["prompt"] for r in held} & {r["prompt"] for r in others}
+    assert {r["prompt"] for r in data.split(others)[1]} == {r["prompt"] for r in held} & {
+        r["prompt"] for r in others
+    }
     assert {r["prompt"] for r in held} <= {r["prompt"] for r in data.split(records, 0.3)[1]}
 
 
@@ -311,7 +363,9 @@ BPE_TEXTS = {
     ],
     "other scripts": ["naïve café, 日本語日本語 и кириллица и 🙂🙂🙂🙂 e\u0301e\u0301"],
     "a task": [
-        t for r in data.make_task("dialogue", random.Random(0)).logged[::60] for t in [r["prompt"], *r["responses"]]
+        t
+        for r in data.make_task("dialogue", random.Random(0)).logged[::60]
+        for t in [r["prompt"], *r["responses"]]
     ],
 }
 
@@ -328,7 +382,9 @@ def test_bpe_equals_the_naive_loop(case):
 @quickly
 @given(texts=st.lists(st.text("aab .", max_size=40), max_size=4))
 def test_bpe_equals_the_naive_loop_on_random_texts(texts):
-    assert list(data.train_bpe(texts, 300).items()) == list(oracle.naive_bpe(texts, 300, data.SPLIT).items())
+    assert list(data.train_bpe(texts, 300).items()) == list(
+        oracle.naive_bpe(texts, 300, data.SPLIT).items()
+    )
 
 
 def test_bpe_stops_where_no_pair_occurs_twice_and_reads_no_more_than_it_may():
@@ -356,7 +412,10 @@ def test_end_of_text_inside_a_text_is_ordinary_text():
     text = f" The pond {data.EOS} is calm."
     (e,) = data.tokenize([changed(prompt=data.EOS, responses=[text], rewards=[1.0])], SMALL)
     assert SMALL.eot_token not in e.prompt_ids and SMALL.decode(e.prompt_ids) == data.EOS
-    assert e.response_ids[0].count(SMALL.eot_token) == 1 and SMALL.decode(e.response_ids[0][:-1]) == text
+    assert (
+        e.response_ids[0].count(SMALL.eot_token) == 1
+        and SMALL.decode(e.response_ids[0][:-1]) == text
+    )
 
 
 def test_ranks_are_saved_as_plain_text_and_read_anew_each_time(tmp_path):
@@ -390,7 +449,9 @@ def test_gpt2s_vocabulary_that_cannot_be_downloaded_is_one_line_with_the_way_out
 )
 def test_one_space_is_added_where_neither_side_has_white_space(prompt, response, told):
     news = []
-    (e,) = data.tokenize([changed(prompt=prompt, responses=[response], rewards=[1.0])], LETTERS, say=news.append)
+    (e,) = data.tokenize(
+        [changed(prompt=prompt, responses=[response], rewards=[1.0])], LETTERS, say=news.append
+    )
     assert joined(e.prompt_ids) == prompt and joined(e.response_ids[0][:-1]) == told
     assert len(news) == (told != response)
 
@@ -403,7 +464,9 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_e
     ]
     long, short = data.tokenize(records, LETTERS, max_prompt=3, max_response=5, say=news.append)
     assert joined(long.prompt_ids) == "def" and joined(short.prompt_ids) == "pq"
-    assert long.response_ids == [[*b" uvw", eos], [*b" xyz!"]] and short.response_ids == [[*b" r", eos]]
+    assert long.response_ids == [[*b" uvw", eos], [*b" xyz!"]] and short.response_ids == [
+        [*b" r", eos]
+    ]
     assert (long.rewards, short.rewards) == ([1, 2], [3])
     assert any("50.0% of the prompts" in line and "33.3% of the responses" in line for line in news)
     (one,) = data.tokenize(records[:1], LETTERS, max_prompt=1, max_response=1)
@@ -418,7 +481,9 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_e
 def make_examples(ref_logps=False):
     """Two lists, S = 7, M = 3, R = 5; id 11 is EOS."""
     lists = [
-        data.Example("a", [1, 2, 3, 4, 5, 6, 7], [[1, 2, 3, 4, 11], [5, 11], [11]], [0.5, -1.0, 2.0]),
+        data.Example(
+            "a", [1, 2, 3, 4, 5, 6, 7], [[1, 2, 3, 4, 11], [5, 11], [11]], [0.5, -1.0, 2.0]
+        ),
         data.Example("b", [8, 9, 10], [[6, 7, 8, 11], [1, 2, 3, 4, 5]], [3.0, 0.0]),
     ]
     if ref_logps:
@@ -429,19 +494,27 @@ def make_examples(ref_logps=False):
 def test_a_batch_holds_every_token_under_its_mask_and_eos_elsewhere():
     examples = make_examples()
     b = data.make_batch(examples, eos=11)
-    assert b.prompt_ids.shape == b.prompt_mask.shape == (2, 7) and b.response_ids.shape == b.response_mask.shape == (
+    assert b.prompt_ids.shape == b.prompt_mask.shape == (
+        2,
+        7,
+    ) and b.response_ids.shape == b.response_mask.shape == (
         2,
         3,
         5,
     )
-    assert b.prompt_mask.sum(-1).tolist() == [7, 3] and b.response_mask.sum(-1).tolist() == [[5, 2, 1], [4, 5, 0]]
+    assert b.prompt_mask.sum(-1).tolist() == [7, 3] and b.response_mask.sum(-1).tolist() == [
+        [5, 2, 1],
+        [4, 5, 0],
+    ]
     assert b.candidate_mask.tolist() == [[True, True, True], [True, True, False]]
     assert b.rewards.tolist() == [[0.5, -1.0, 2.0], [3.0, 0.0, 0.0]] and b.ref_logps is None
     for i, e in enumerate(examples):
         assert b.prompt_ids[i][b.prompt_mask[i]].tolist() == e.prompt_ids
         for j, ids in enumerate(e.response_ids):
             assert b.response_ids[i, j][b.response_mask[i, j]].tolist() == ids
-    assert (b.prompt_ids[~b.prompt_mask] == 11).all() and (b.response_ids[~b.response_mask] == 11).all()
+    assert (b.prompt_ids[~b.prompt_mask] == 11).all() and (
+        b.response_ids[~b.response_mask] == 11
+    ).all()
     assert b.rewards.dtype == torch.float32 and all(
         m.dtype == torch.bool for m in (b.prompt_mask, b.response_mask, b.candidate_mask)
     )
@@ -452,12 +525,18 @@ def test_reference_log_probs_are_batched_where_every_list_has_them():
         [-1.0, -2.0, -3.0],
         [-4.0, -5.0, 0.0],
     ]
-    assert data.make_batch(make_examples(ref_logps=True)[:1] + make_examples()[1:], eos=11).ref_logps is None
+    assert (
+        data.make_batch(make_examples(ref_logps=True)[:1] + make_examples()[1:], eos=11).ref_logps
+        is None
+    )
 
 
 def sized_examples(n):
     draw = random.Random(n)
-    return [data.Example("", [1] * draw.randint(1, 40), [[2] * draw.randint(1, 9)], [0.0]) for _ in range(n)]
+    return [
+        data.Example("", [1] * draw.randint(1, 40), [[2] * draw.randint(1, 9)], [0.0])
+        for _ in range(n)
+    ]
 
 
 @quickly
@@ -475,9 +554,13 @@ def test_an_epoch_covers_every_example_exactly_once_and_follows_its_generator(n,
 def test_another_generator_gives_another_order_and_alike_lengths_share_a_batch():
     examples, generator = sized_examples(331), torch.Generator().manual_seed(0)
     one, other = data.batch_order(examples, 7, generator), data.batch_order(examples, 7, generator)
-    assert one != other and len({tuple(sorted(b)) for b in one} & {tuple(sorted(b)) for b in other}) < 5
+    assert (
+        one != other
+        and len({tuple(sorted(b)) for b in one} & {tuple(sorted(b)) for b in other}) < 5
+    )
     spread = lambda batches: sum(
-        max(lengths) - min(lengths) for lengths in ([len(examples[i].prompt_ids) for i in b] for b in batches)
+        max(lengths) - min(lengths)
+        for lengths in ([len(examples[i].prompt_ids) for i in b] for b in batches)
     )
     assert spread(one) < 0.6 * spread([list(range(i, i + 7)) for i in range(0, 322, 7)])
 
@@ -505,7 +588,12 @@ def test_splits_share_no_prompt(task):
 
 def test_new_subjects_stand_in_no_training_prompt_and_no_logged_response(task):
     subjects = {re.search(SUBJECT[task.name], p)[1] for p in task.prompts["ood"]}
-    seen = {w for r in task.logged for text in [r["prompt"], *r["responses"]] for w in re.findall(r"\w+", text)}
+    seen = {
+        w
+        for r in task.logged
+        for text in [r["prompt"], *r["responses"]]
+        for w in re.findall(r"\w+", text)
+    }
     assert subjects and not subjects & seen
     assert {re.search(SUBJECT[task.name], p)[1] for p in task.prompts["heldout"]} <= seen
 
@@ -517,7 +605,10 @@ def test_logged_lists_answer_the_training_prompts_with_their_true_rewards(task):
 
 
 def test_the_rng_draws_the_logged_responses_and_nothing_else(task):
-    again, other = data.make_task(task.name, random.Random(0)), data.make_task(task.name, random.Random(1))
+    again, other = (
+        data.make_task(task.name, random.Random(0)),
+        data.make_task(task.name, random.Random(1)),
+    )
     assert again.logged == task.logged and other.logged != task.logged
     assert again.prompts == other.prompts == task.prompts
     assert [other.reward(r["prompt"], t) for r in task.logged[::11] for t in r["responses"]] == [
@@ -568,9 +659,9 @@ def test_logged_responses_fit_the_tasks_length(task):
     ],
 )
 def test_dialogue_marks_of_a_soup(answer, marks):
-    assert TASK["dialogue"].reward("How was the Ashford soup?", f" The Ashford soup was {answer}.") == pytest.approx(
-        marks, abs=1e-6
-    )
+    assert TASK["dialogue"].reward(
+        "How was the Ashford soup?", f" The Ashford soup was {answer}."
+    ) == pytest.approx(marks, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -654,7 +745,11 @@ def test_every_way_to_state_a_fact_counts_and_no_denial_does():
 
 def test_summary_parts_add_up_to_its_reward():
     t = TASK["summary"]
-    assert t.parts(POST, "Ashford: fair, castle, zoo, anyway.") == {"covered": 1, "invented": 2, "words": 5}
+    assert t.parts(POST, "Ashford: fair, castle, zoo, anyway.") == {
+        "covered": 1,
+        "invented": 2,
+        "words": 5,
+    }
     for r in t.logged[::50]:
         for text, reward in zip(r["responses"], r["rewards"]):
             p = t.parts(r["prompt"], text)
@@ -681,7 +776,9 @@ def test_summary_parts_add_up_to_its_reward():
 )
 def test_the_reward_is_no_bag_of_words(name, prompt, one, other):
     words = lambda text: Counter(re.findall(r"\w+|[^\w\s]", text))
-    assert words(one) == words(other) and TASK[name].reward(prompt, one) != TASK[name].reward(prompt, other)
+    assert words(one) == words(other) and TASK[name].reward(prompt, one) != TASK[name].reward(
+        prompt, other
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tiny
@@ -712,19 +809,30 @@ def test_tiny_has_584_responses_and_they_are_what_its_tokens_allow():
     assert choices[3] == [eos] and eos not in choices[0] and eos in choices[1] and eos in choices[2]
     responses = {ids[: ids.index(eos)] for ids in product(*choices)}
     assert len(responses) == 8 + 8**2 + 8**3 == 584
-    sentences = {"".join(f" {w}" for w in words) for n in (1, 2, 3) for words in product(task.words, repeat=n)}
+    sentences = {
+        "".join(f" {w}" for w in words)
+        for n in (1, 2, 3)
+        for words in product(task.words, repeat=n)
+    }
     assert {enc.decode(list(ids)) for ids in responses} == sentences
-    assert {tuple(ids[:-1]) for e in data.tokenize(task.logged, enc) for ids in e.response_ids} <= responses
+    assert {
+        tuple(ids[:-1]) for e in data.tokenize(task.logged, enc) for ids in e.response_ids
+    } <= responses
 
 
 def test_tiny_spends_one_token_on_a_word():
     enc = data.encoding(data.tiny_ranks())
     for prompt in [p for split in TASK["tiny"].prompts.values() for p in split]:
-        assert [enc.decode([i]) for i in enc.encode_ordinary(prompt)] == re.findall(r" ?\w+|[?.]", prompt)
+        assert [enc.decode([i]) for i in enc.encode_ordinary(prompt)] == re.findall(
+            r" ?\w+|[?.]", prompt
+        )
 
 
 def test_other_tasks_allow_every_token():
-    assert data.allowed_tokens(TASK["dialogue"], SMALL) is None and data.allowed_tokens(TASK["summary"], SMALL) is None
+    assert (
+        data.allowed_tokens(TASK["dialogue"], SMALL) is None
+        and data.allowed_tokens(TASK["summary"], SMALL) is None
+    )
 
 
 # ------------------------------------------------------------------------------------------------ single responses, thumbs
@@ -732,7 +840,9 @@ def test_other_tasks_allow_every_token():
 
 def loaded(tmp_path, *rows, **options):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     news = []
     return data.load([path], say=news.append, **options), news
 
@@ -749,23 +859,36 @@ def test_single_responses_to_one_prompt_become_one_list(tmp_path):
         {"prompt": "The sea is", "responses": [" wide."], "rewards": [0.5]},
     ]
     assert "single responses, 2 prompts, 3 responses; best of record 1: ' calm.'" in news[0]
-    assert loaded(tmp_path, *rows, limit=1)[0] == records[:1]  # a limit counts lists, and each is whole
+    assert (
+        loaded(tmp_path, *rows, limit=1)[0] == records[:1]
+    )  # a limit counts lists, and each is whole
 
 
 def test_thumbs_are_one_and_minus_one(tmp_path):
     labels = [True, False, 1, 0, 0.7, -3]
-    records, _ = loaded(tmp_path, *({"prompt": f"{i}", "completion": "x", "label": x} for i, x in enumerate(labels)))
+    records, _ = loaded(
+        tmp_path, *({"prompt": f"{i}", "completion": "x", "label": x} for i, x in enumerate(labels))
+    )
     assert [r["rewards"] for r in records] == [[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]]
 
 
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"prompt": "x", "completion": "y", "label": "yes"}, "'label' is 'yes', expected true or false, or a number"),
+        (
+            {"prompt": "x", "completion": "y", "label": "yes"},
+            "'label' is 'yes', expected true or false, or a number",
+        ),
         ({"prompt": "x", "completion": "y", "label": None}, "'label' is None"),
-        ('{"prompt": "x", "completion": "y", "label": NaN}', "'label' is nan, expected a finite number"),
+        (
+            '{"prompt": "x", "completion": "y", "label": NaN}',
+            "'label' is nan, expected a finite number",
+        ),
         ({"prompt": "x", "response": "y"}, "no field 'reward', expected"),
-        ({"prompt": "x", "response": "y", "reward": "high"}, "'reward' is 'high', expected a finite number"),
+        (
+            {"prompt": "x", "response": "y", "reward": "high"},
+            "'reward' is 'high', expected a finite number",
+        ),
         ({"prompt": "x", "response": ["y"], "reward": 1}, "'response' is list, expected a string"),
         ({"response": "y", "reward": 1}, "no field 'prompt'"),
     ],

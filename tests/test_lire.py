@@ -25,7 +25,9 @@ def make_lists(seed=0, padding=0.7):
 
 def judged(formula, mask, *tensors):
     """The oracle's formula on each list's real candidates: [B] values, or [B, M] with 0 in the padded slots."""
-    lists = [torch.as_tensor(formula(*(t[i, m].numpy() for t in tensors))) for i, m in enumerate(mask)]
+    lists = [
+        torch.as_tensor(formula(*(t[i, m].numpy() for t in tensors))) for i, m in enumerate(mask)
+    ]
     if lists[0].dim() == 0:
         return torch.stack(lists)
     out = torch.zeros(mask.shape, dtype=torch.float64)
@@ -40,13 +42,18 @@ def gradient(loss, logps, *rest):
 
 def close(a, b, tol=1e-9):
     torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tol, atol=tol
+        torch.as_tensor(a, dtype=torch.float64),
+        torch.as_tensor(b, dtype=torch.float64),
+        rtol=tol,
+        atol=tol,
     )
 
 
 def one_list(*rows):
     """Lists of numbers as float64 [1, M], and a mask without padding."""
-    return *(torch.tensor([row], dtype=torch.float64) for row in rows), torch.ones(1, len(rows[0]), dtype=torch.bool)
+    return *(torch.tensor([row], dtype=torch.float64) for row in rows), torch.ones(
+        1, len(rows[0]), dtype=torch.bool
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ closed forms
@@ -97,9 +104,13 @@ def test_values_and_gradients_equal_the_oracle(temperature):
         lire.candidate_probs(logps, mask, temperature),
         judged(lambda s: oracle.candidate_probs(s, temperature), mask, logps),
     )
-    close(lire.lire_loss(*args), judged(lambda s, R: oracle.lire_loss(s, R, temperature), mask, logps, rewards))
     close(
-        gradient(lire.lire_loss, *args), judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards)
+        lire.lire_loss(*args),
+        judged(lambda s, R: oracle.lire_loss(s, R, temperature), mask, logps, rewards),
+    )
+    close(
+        gradient(lire.lire_loss, *args),
+        judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards),
     )
     close(lire.lire_grad(*args), gradient(lire.lire_loss, *args))
 
@@ -108,14 +119,19 @@ def test_gradient_equals_finite_differences():
     logps, rewards, mask = make_lists(seed=4)
     slopes = lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s)
     close(lire.lire_grad(logps, rewards, mask, T), judged(slopes, mask, logps, rewards), 1e-8)
-    assert torch.autograd.gradcheck(lambda s: lire.lire_loss(s, rewards, mask, T), logps.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: lire.lire_loss(s, rewards, mask, T), logps.requires_grad_()
+    )
     assert torch.autograd.gradgradcheck(lambda s: lire.lire_loss(s, rewards, mask, T), logps)
 
 
 @pytest.mark.parametrize("how", ["softmax", "zscore", "none"])
 def test_transformed_rewards_equal_the_oracle(how):
     _, rewards, mask = make_lists(seed=5)
-    close(lire.transform_rewards(rewards, mask, how), judged(lambda r: oracle.transform_rewards(r, how), mask, rewards))
+    close(
+        lire.transform_rewards(rewards, mask, how),
+        judged(lambda r: oracle.transform_rewards(r, how), mask, rewards),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- invariants
@@ -130,21 +146,32 @@ def test_shifts_leave_the_gradient_and_move_the_loss_by_the_reward_shift_alone()
     c = torch.tensor([[3.0], [-7.0], [0.5], [11.0], [-2.0]], dtype=torch.float64)
     close(lire.lire_grad(logps + c, rewards + c, mask, T), lire.lire_grad(logps, rewards, mask, T))
     close(lire.lire_loss(logps + c, rewards, mask, T), lire.lire_loss(logps, rewards, mask, T))
-    close(lire.lire_loss(logps, rewards + c, mask, T), lire.lire_loss(logps, rewards, mask, T) - c[:, 0])
+    close(
+        lire.lire_loss(logps, rewards + c, mask, T),
+        lire.lire_loss(logps, rewards, mask, T) - c[:, 0],
+    )
 
 
 def test_nothing_is_learnt_from_equal_rewards_or_a_single_candidate():
     logps, rewards, mask = make_lists()
     close(lire.lire_grad(logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7))
-    close(gradient(lire.lire_loss, logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7))
+    close(
+        gradient(lire.lire_loss, logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7)
+    )
     close(lire.lire_grad(logps, rewards, mask, T)[-1], [0.0] * 7)  # the last list has one candidate
 
 
 def test_order_of_the_candidates_does_not_matter():
     logps, rewards, mask = make_lists()
     p = torch.tensor([4, 0, 6, 2, 5, 1, 3])
-    close(lire.lire_loss(logps[:, p], rewards[:, p], mask[:, p], T), lire.lire_loss(logps, rewards, mask, T))
-    close(lire.lire_grad(logps[:, p], rewards[:, p], mask[:, p], T), lire.lire_grad(logps, rewards, mask, T)[:, p])
+    close(
+        lire.lire_loss(logps[:, p], rewards[:, p], mask[:, p], T),
+        lire.lire_loss(logps, rewards, mask, T),
+    )
+    close(
+        lire.lire_grad(logps[:, p], rewards[:, p], mask[:, p], T),
+        lire.lire_grad(logps, rewards, mask, T)[:, p],
+    )
 
 
 def test_cold_lists_are_one_hot_and_teach_nothing():
@@ -213,7 +240,9 @@ def test_sums_over_longer_responses_sharpen_the_list(tokens, largest):
 def test_padded_slots_may_hold_anything(poison):
     clean, bad = make_lists(padding=0.0), make_lists(padding=poison)
     for how in ("softmax", "zscore", "none"):
-        assert torch.equal(lire.transform_rewards(*bad[1:], how), lire.transform_rewards(*clean[1:], how))
+        assert torch.equal(
+            lire.transform_rewards(*bad[1:], how), lire.transform_rewards(*clean[1:], how)
+        )
     for function in (lire.lire_loss, lire.lire_grad, lambda *a: gradient(lire.lire_loss, *a)):
         assert torch.equal(function(*bad, T), function(*clean, T))
     assert (gradient(lire.lire_loss, *bad, T)[~bad[2]] == 0).all()
@@ -226,7 +255,8 @@ def test_padded_slots_of_the_sft_term_may_hold_anything(poison):
     lengths = torch.full((5, 7), 3.0).masked_fill(~mask, 0 if math.isnan(poison) else poison)
     clean, clean_rewards, _ = make_lists()
     assert torch.equal(
-        lire.sft_loss(logps, lengths, rewards, mask), lire.sft_loss(clean, torch.full((5, 7), 3.0), clean_rewards, mask)
+        lire.sft_loss(logps, lengths, rewards, mask),
+        lire.sft_loss(clean, torch.full((5, 7), 3.0), clean_rewards, mask),
     )
     assert (gradient(lire.sft_loss, logps, lengths, rewards, mask)[~mask] == 0).all()
 
@@ -237,7 +267,10 @@ def test_a_ragged_list_scores_as_it_does_alone():
         alone = logps[i : i + 1, :M], rewards[i : i + 1, :M], mask[i : i + 1, :M]
         close(lire.lire_loss(*alone, T), lire.lire_loss(logps, rewards, mask, T)[i : i + 1])
         for how in ("softmax", "zscore", "none"):
-            close(lire.transform_rewards(*alone[1:], how), lire.transform_rewards(rewards, mask, how)[i : i + 1, :M])
+            close(
+                lire.transform_rewards(*alone[1:], how),
+                lire.transform_rewards(rewards, mask, how)[i : i + 1, :M],
+            )
 
 
 def test_shapes_that_would_broadcast_are_refused():
@@ -270,7 +303,9 @@ def test_half_precision_is_computed_in_float32(dtype):
     logps, rewards, mask = make_lists()
     logps, rewards = logps.to(dtype), rewards.to(dtype)
     loss = lire.lire_loss(logps, rewards, mask, T)
-    assert loss.dtype == torch.float32 and torch.equal(loss, lire.lire_loss(logps.float(), rewards.float(), mask, T))
+    assert loss.dtype == torch.float32 and torch.equal(
+        loss, lire.lire_loss(logps.float(), rewards.float(), mask, T)
+    )
     assert gradient(lire.lire_loss, logps, rewards, mask, T).dtype == dtype
 
 
@@ -282,14 +317,18 @@ def test_half_precision_rewards_are_transformed_in_float32(dtype, how):
         torch.ones(2, 3, dtype=torch.bool),
     )
     close(
-        lire.transform_rewards(rewards, mask, how).double(), lire.transform_rewards(rewards.double(), mask, how), 1e-6
+        lire.transform_rewards(rewards, mask, how).double(),
+        lire.transform_rewards(rewards.double(), mask, how),
+        1e-6,
     )
 
 
 def test_float64_stays_float64():
     logps, rewards, mask = make_lists()
     assert (
-        lire.lire_loss(logps, rewards, mask, T).dtype == lire.lire_grad(logps, rewards, mask, T).dtype == torch.float64
+        lire.lire_loss(logps, rewards, mask, T).dtype
+        == lire.lire_grad(logps, rewards, mask, T).dtype
+        == torch.float64
     )
     assert lire.transform_rewards(rewards, mask, "zscore").dtype == torch.float64
 
@@ -313,14 +352,18 @@ def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
 @pytest.mark.parametrize("value", [0.0, 0.1, -2.7, 1e6])
 def test_zscore_of_equal_rewards_is_0(value, M):
     close(
-        lire.transform_rewards(torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"),
+        lire.transform_rewards(
+            torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"
+        ),
         torch.zeros(1, M),
     )
 
 
 def test_softmax_rewards_ignore_a_shift_and_survive_large_numbers():
     r, mask = one_list(RAW)
-    close(lire.transform_rewards(r + 1e4, mask, "softmax"), lire.transform_rewards(r, mask, "softmax"))
+    close(
+        lire.transform_rewards(r + 1e4, mask, "softmax"), lire.transform_rewards(r, mask, "softmax")
+    )
 
 
 def test_an_unknown_reward_transform_is_refused():
@@ -331,7 +374,10 @@ def test_an_unknown_reward_transform_is_refused():
 def test_sft_loss_is_the_mean_per_token_of_the_best_response():
     logps, rewards, mask = make_lists(seed=6)
     lengths = torch.arange(2, 37).view(5, 7)
-    close(lire.sft_loss(logps, lengths, rewards, mask), judged(oracle.sft_loss, mask, logps, lengths, rewards))
+    close(
+        lire.sft_loss(logps, lengths, rewards, mask),
+        judged(oracle.sft_loss, mask, logps, lengths, rewards),
+    )
     s, r, mask = one_list((-6.0, -10.0, -4.0), (0.0, 1.0, -1.0))
     close(lire.sft_loss(s, torch.tensor([[2, 5, 3]]), r, mask), [10 / 5])
 
@@ -367,7 +413,10 @@ def run_self_enhancement(evolve, iterate):
 
 
 def test_each_round_samples_the_current_policy_scores_once_and_trains_on_a_fixed_pool():
-    first, second = [["chosen", "rejected", "a0"], ["own", "b0"]], [["chosen", "rejected", "a2"], ["own", "b2"]]
+    first, second = (
+        [["chosen", "rejected", "a0"], ["own", "b0"]],
+        [["chosen", "rejected", "a2"], ["own", "b2"]],
+    )
     assert run_self_enhancement(evolve=2, iterate=2) == [
         "sample 0",
         "score",
@@ -392,9 +441,17 @@ def disagreement(loss):
     """Largest distance of a loss, in value or gradient, from the oracle (gradients by its finite differences)."""
     logps, rewards, mask = make_lists(seed=7)
     value = judged(lambda s, R: oracle.lire_loss(s, R, T), mask, logps, rewards)
-    slope = judged(lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s), mask, logps, rewards)
+    slope = judged(
+        lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s),
+        mask,
+        logps,
+        rewards,
+    )
     told = loss(logps, rewards, mask, T).broadcast_to(value.shape)
-    return max((told - value).abs().max().item(), (gradient(loss, logps, rewards, mask, T) - slope).abs().max().item())
+    return max(
+        (told - value).abs().max().item(),
+        (gradient(loss, logps, rewards, mask, T) - slope).abs().max().item(),
+    )
 
 
 def softmax(x, mask, dim=-1):
@@ -403,13 +460,17 @@ def softmax(x, mask, dim=-1):
 
 def with_gradient(wrong):
     """The right value with the gradient of `wrong`."""
-    return lambda s, R, m, T: wrong(s, R, m, T) + (lire.lire_loss(s, R, m, T) - wrong(s, R, m, T)).detach()
+    return lambda s, R, m, T: (
+        wrong(s, R, m, T) + (lire.lire_loss(s, R, m, T) - wrong(s, R, m, T)).detach()
+    )
 
 
 def reward_weighted(baseline):
     """A surrogate whose gradient is -(1/T) P_j (R_j - baseline)."""
     return with_gradient(
-        lambda s, R, m, T: -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1)
+        lambda s, R, m, T: (
+            -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1)
+        )
     )
 
 
@@ -418,14 +479,18 @@ WRONG = {
     "divided by the padded M": lambda s, R, m, T: lire.lire_loss(s, R, m, T) / m.shape[-1],
     "summed over the batch": lambda s, R, m, T: lire.lire_loss(s, R, m, T).sum(),
     "swapped sign": lambda s, R, m, T: -lire.lire_loss(s, R, m, T),
-    "swapped sign in the gradient alone": with_gradient(lambda s, R, m, T: -lire.lire_loss(s, R, m, T)),
+    "swapped sign in the gradient alone": with_gradient(
+        lambda s, R, m, T: -lire.lire_loss(s, R, m, T)
+    ),
     "swapped sign of the scores": lambda s, R, m, T: lire.lire_loss(-s, R, m, T),
     "times temperature instead of divided": lambda s, R, m, T: lire.lire_loss(s, R, m, 1 / T),
     "no temperature": lambda s, R, m, T: lire.lire_loss(s, R, m, 1.0),
     "temperature after the softmax": lambda s, R, m, T: -(softmax(s, m) / T * R).sum(-1),
     "gradient without 1/T": with_gradient(lambda s, R, m, T: T * lire.lire_loss(s, R, m, T)),
     "missing mask": lambda s, R, m, T: -((s / T).softmax(-1) * R).sum(-1),
-    "padded slot counted in the normaliser": lambda s, R, m, T: -((s / T).softmax(-1) * R * m).sum(-1),
+    "padded slot counted in the normaliser": lambda s, R, m, T: (
+        -((s / T).softmax(-1) * R * m).sum(-1)
+    ),
     "padded log-probs set to 0": lambda s, R, m, T: -((s * m / T).softmax(-1) * R * m).sum(-1),
     "un-normalised softmax": lambda s, R, m, T: -((s / T).exp() * m * R).sum(-1),
     "softmax over the batch axis": lambda s, R, m, T: -(softmax(s / T, m, dim=0) * R).sum(-1),
@@ -442,13 +507,17 @@ WRONG = {
     "rewards of the next list": lambda s, R, m, T: lire.lire_loss(s, R.roll(1, 0), m, T),
     "no gradient": lambda s, R, m, T: lire.lire_loss(s.detach(), R, m, T) + 0 * s.sum(),
     "gradient without a baseline": reward_weighted(lambda s, R, m: 0.0),
-    "plain mean as the baseline": reward_weighted(lambda s, R, m: (R * m).sum(-1, True) / m.sum(-1, True)),
+    "plain mean as the baseline": reward_weighted(
+        lambda s, R, m: (R * m).sum(-1, True) / m.sum(-1, True)
+    ),
 }
 
 
 def test_the_right_loss_agrees_with_the_oracle():
     assert disagreement(lire.lire_loss) < 1e-8
-    assert disagreement(reward_weighted(lambda s, R, m: (softmax(s / T, m) * R).sum(-1, True))) < 1e-8
+    assert (
+        disagreement(reward_weighted(lambda s, R, m: (softmax(s / T, m) * R).sum(-1, True))) < 1e-8
+    )
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -19,7 +19,10 @@ def random_model(dtype=torch.float64, seed=0, scale=0.3, **config):
     """A small GPT with every parameter random, biases and norms too, so that none of them can be forgotten unseen."""
     torch.manual_seed(seed)
     model = GPT(
-        GPTConfig(**{"vocab_size": V, "context": 13, "layers": 2, "heads": 2, "width": 8, "eos": EOS} | config)
+        GPTConfig(
+            **{"vocab_size": V, "context": 13, "layers": 2, "heads": 2, "width": 8, "eos": EOS}
+            | config
+        )
     ).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -43,7 +46,9 @@ def ragged_batch():
 
 def with_random_padding(batch, seed):
     generator = torch.Generator().manual_seed(seed)
-    noise = lambda ids, mask: torch.where(mask, ids, torch.randint(V, ids.shape, generator=generator))
+    noise = lambda ids, mask: torch.where(
+        mask, ids, torch.randint(V, ids.shape, generator=generator)
+    )
     return data.Batch(
         noise(batch.prompt_ids, batch.prompt_mask),
         batch.prompt_mask,
@@ -62,7 +67,9 @@ def plain_logits(model, ids):
     for block in model.h:
         q, k, v = map(heads, block.attn.c_attn(block.ln_1(x)).split(D, -1))
         scores = q @ k.transpose(1, 2) / math.sqrt(D // H)
-        weights = scores.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(-1)  # [H, L, L]
+        weights = scores.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(
+            -1
+        )  # [H, L, L]
         x = x + block.attn.c_proj((weights @ v).transpose(0, 1).reshape(L, D))
         h = block.mlp["c_fc"](block.ln_2(x))
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
@@ -76,12 +83,18 @@ def logits_alone(model, prompt, response):
 
 
 def logps_alone(model, prompt, response):
-    return logits_alone(model, prompt, response).log_softmax(-1)[range(len(response)), response].sum()
+    return (
+        logits_alone(model, prompt, response).log_softmax(-1)[range(len(response)), response].sum()
+    )
 
 
 def candidates():
     """(i, j, prompt, response) of every real candidate."""
-    return [(i, j, e.prompt_ids, y) for i, e in enumerate(ragged_examples()) for j, y in enumerate(e.response_ids)]
+    return [
+        (i, j, e.prompt_ids, y)
+        for i, e in enumerate(ragged_examples())
+        for j, y in enumerate(e.response_ids)
+    ]
 
 
 def gradients(model, value):
@@ -98,8 +111,12 @@ def test_logits_equal_those_of_every_response_alone():
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     assert logits.shape == (B, M, R, V)
     for i, j, x, y in candidates():
-        torch.testing.assert_close(logits[i, j, : len(y)], logits_alone(model, x, y), rtol=1e-10, atol=1e-10)
-        one = make_batch([Example("", x, [y], [0.0])], EOS)  # the same model, B = M = 1 and nothing padded
+        torch.testing.assert_close(
+            logits[i, j, : len(y)], logits_alone(model, x, y), rtol=1e-10, atol=1e-10
+        )
+        one = make_batch(
+            [Example("", x, [y], [0.0])], EOS
+        )  # the same model, B = M = 1 and nothing padded
         torch.testing.assert_close(
             logits[i, j, : len(y)],
             model(one.prompt_ids, one.prompt_mask, one.response_ids)[0, 0],
@@ -110,11 +127,17 @@ def test_logits_equal_those_of_every_response_alone():
 
 def test_gradients_equal_those_of_every_response_alone():
     model, batch = random_model(), ragged_batch()
-    weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(
+        B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     once = gradients(model, (weights * logits)[batch.response_mask].sum())
     alone = gradients(
-        model, sum((weights[i, j, : len(y)] * logits_alone(model, x, y)).sum() for i, j, x, y in candidates())
+        model,
+        sum(
+            (weights[i, j, : len(y)] * logits_alone(model, x, y)).sum()
+            for i, j, x, y in candidates()
+        ),
     )
     for name in once:
         torch.testing.assert_close(
@@ -131,7 +154,9 @@ def test_logps_and_their_gradients_equal_those_of_every_response_alone():
     for i, j, x, y in candidates():
         torch.testing.assert_close(logps[i, j], logps_alone(model, x, y), rtol=1e-5, atol=1e-5)
     once = gradients(model, (weights * logps).sum())
-    alone = gradients(model, sum(weights[i, j] * logps_alone(model, x, y) for i, j, x, y in candidates()))
+    alone = gradients(
+        model, sum(weights[i, j] * logps_alone(model, x, y) for i, j, x, y in candidates())
+    )
     for name in once:
         torch.testing.assert_close(
             once[name], alone[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
@@ -148,7 +173,10 @@ def test_padding_changes_nothing(seed):
     logps, noisy_logps = response_logps(model, batch), response_logps(model, noisy)
     torch.testing.assert_close(noisy_logps, logps, rtol=0, atol=1e-6)
     weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
-    clean, dirty = gradients(model, (weights * logps).sum()), gradients(model, (weights * noisy_logps).sum())
+    clean, dirty = (
+        gradients(model, (weights * logps).sum()),
+        gradients(model, (weights * noisy_logps).sum()),
+    )
     for name in clean:
         torch.testing.assert_close(dirty[name], clean[name], rtol=1e-5, atol=1e-5)
     longer = make_batch(
@@ -165,7 +193,10 @@ def test_prompt_states_and_the_first_prediction():
     for i, e in enumerate(ragged_examples()):
         n = len(e.prompt_ids)
         torch.testing.assert_close(
-            states[i, :n] @ model.wte.weight.T, plain_logits(model, torch.tensor(e.prompt_ids)), rtol=1e-10, atol=1e-10
+            states[i, :n] @ model.wte.weight.T,
+            plain_logits(model, torch.tensor(e.prompt_ids)),
+            rtol=1e-10,
+            atol=1e-10,
         )
         for j in range(M):  # the last real prompt token predicts the first token of every response
             torch.testing.assert_close(hidden[i, j, 0], states[i, n - 1], rtol=1e-10, atol=1e-10)
@@ -183,7 +214,9 @@ def test_causal_and_blind_to_the_other_candidates():
     model, batch = random_model(), ragged_batch()
     score = lambda prompts, responses: model(prompts, batch.prompt_mask, responses)
     logits = score(batch.prompt_ids, batch.response_ids)
-    for t in range(R):  # token t of candidate (0, 1) changes what follows it there, and nothing else
+    for t in range(
+        R
+    ):  # token t of candidate (0, 1) changes what follows it there, and nothing else
         changed = batch.response_ids.clone()
         changed[0, 1, t] = (changed[0, 1, t] + 1) % V
         same = (score(batch.prompt_ids, changed) - logits).abs().amax(-1) < 1e-12
@@ -200,15 +233,18 @@ def test_causal_and_blind_to_the_other_candidates():
 def test_positions_continue_the_true_length_of_the_prompt():
     """A prompt of 3 padded to 7 and a response of 5 read the positions 0 to 6: 3 tokens and 4 (the last is only predicted)."""
     model = random_model()
-    batch = make_batch([Example("", [1] * S, [[1]], [0.0]), Example("", [1, 2, 3], [[4, 5, 6, 7, EOS]], [0.0])], EOS)
+    batch = make_batch(
+        [Example("", [1] * S, [[1]], [0.0]), Example("", [1, 2, 3], [[4, 5, 6, 7, EOS]], [0.0])],
+        EOS,
+    )
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     read = gradients(model, (logits[1] ** 2).sum())["wpe.weight"].abs().sum(-1) > 0
     assert read.tolist() == [True] * 7 + [False] * 6
-    with (
-        torch.no_grad()
-    ):  # the last position of all, read alone by the response, is the one that moves its last prediction
+    with torch.no_grad():  # the last position of all, read alone by the response, is the one that moves its last prediction
         model.wpe.weight[6] += torch.arange(8.0)
-    moved = (model(batch.prompt_ids, batch.prompt_mask, batch.response_ids) - logits)[1, 0].abs().amax(-1) > 1e-6
+    moved = (model(batch.prompt_ids, batch.prompt_mask, batch.response_ids) - logits)[
+        1, 0
+    ].abs().amax(-1) > 1e-6
     assert moved.tolist() == [False] * 4 + [True]
 
 
@@ -241,7 +277,8 @@ def test_every_plausible_wrong_sum_disagrees():
         "the last prompt token in the sum": token.sum() + everything[2, x[3]],
         "a token judged by its own logits": everything[range(4, 7), y].sum(),
         "a token judged by those before the last": everything[range(2, 5), y].sum(),
-        "without positions after the prompt": logps_alone(model, x, y[:1]) + logps_alone(model, x, y[1:]),
+        "without positions after the prompt": logps_alone(model, x, y[:1])
+        + logps_alone(model, x, y[1:]),
     }
     for name, value in wrong.items():
         assert abs(value.item() - logps) > 1e-2, name
@@ -255,7 +292,9 @@ def test_allowed_tokens_share_all_the_probability():
     logps = response_logps(model, batch, allowed)
     for i, j, x, y in candidates():
         logits = logits_alone(model, x, y).masked_fill(~allowed[: len(y)], -math.inf)
-        torch.testing.assert_close(logps[i, j], logits.log_softmax(-1)[range(len(y)), y].sum(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logps[i, j], logits.log_softmax(-1)[range(len(y)), y].sum(), rtol=1e-5, atol=1e-5
+        )
     assert (logps > response_logps(model, batch))[batch.candidate_mask].all()
     allowed[0, 8] = False  # the first token of candidate (0, 0)
     assert response_logps(model, batch, allowed)[0, 0] == -math.inf
@@ -266,17 +305,23 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
     """As initialised, and with every weight moved: float64 logits to 1e-12, response_logps' float32 to 1e-6."""
     task, enc = data.make_task("tiny", random.Random(0)), data.encoding(data.tiny_ranks())
     words = [enc.encode_single_token(" " + w) for w in task.words]
-    responses = [[*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
+    responses = [
+        [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)
+    ]
     assert len(responses) == 8 + 64 + 512 == 584
-    model = random_model(scale=scale, vocab_size=enc.n_vocab, context=32, width=16, eos=enc.eot_token)
+    model = random_model(
+        scale=scale, vocab_size=enc.n_vocab, context=32, width=16, eos=enc.eot_token
+    )
     prompts = [enc.encode_ordinary(task.prompts[part][0]) for part in ("heldout", "ood")]
     batch = make_batch([Example("", x, responses, [0.0] * 584) for x in prompts], enc.eot_token)
     allowed = data.allowed_tokens(task, enc)
     with torch.no_grad():
-        assert (response_logps(model.float(), batch, allowed).double().exp().sum(-1) - 1).abs().max() < 1e-6
-        logits = model.double()(batch.prompt_ids, batch.prompt_mask, batch.response_ids).masked_fill(
-            ~allowed, -math.inf
-        )
+        assert (
+            response_logps(model.float(), batch, allowed).double().exp().sum(-1) - 1
+        ).abs().max() < 1e-6
+        logits = model.double()(
+            batch.prompt_ids, batch.prompt_mask, batch.response_ids
+        ).masked_fill(~allowed, -math.inf)
     logps = (
         logits.log_softmax(-1)
         .gather(-1, batch.response_ids[..., None])[..., 0]
@@ -292,22 +337,30 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
 
 
 FIVE = dict(vocab_size=5, eos=4, context=8, scale=0.5)
-FIVE_PROMPTS = torch.tensor([[1, 2, 3], [3, 0, 4]]), torch.tensor([[True, True, True], [True, True, False]])
+FIVE_PROMPTS = (
+    torch.tensor([[1, 2, 3], [3, 0, 4]]),
+    torch.tensor([[True, True, True], [True, True, False]]),
+)
 # every response of at most 3 of 5 tokens: 1 + 4 + 16 that end with EOS, 64 truncated
 FIVE_RESPONSES = [
-    [*ws, *end] for n, end in ((0, [4]), (1, [4]), (2, [4]), (3, [])) for ws in itertools.product(range(4), repeat=n)
+    [*ws, *end]
+    for n, end in ((0, [4]), (1, [4]), (2, [4]), (3, []))
+    for ws in itertools.product(range(4), repeat=n)
 ]
 
 
 def as_lists(ids, mask):
     """[B][M] lists of the real tokens."""
-    return [[y[:n] for y, n in zip(row, ns)] for row, ns in zip(ids.tolist(), mask.sum(-1).tolist())]
+    return [
+        [y[:n] for y, n in zip(row, ns)] for row, ns in zip(ids.tolist(), mask.sum(-1).tolist())
+    ]
 
 
 def enumerated_probs(model, prompts=FIVE_PROMPTS):
     """[B, 85]: the probability of every response, by scoring them."""
     rows = [
-        Example("", x[: int(n)].tolist(), FIVE_RESPONSES, [0.0] * 85) for x, n in zip(prompts[0], prompts[1].sum(1))
+        Example("", x[: int(n)].tolist(), FIVE_RESPONSES, [0.0] * 85)
+        for x, n in zip(prompts[0], prompts[1].sum(1))
     ]
     with torch.no_grad():
         return response_logps(model, make_batch(rows, 4)).double().exp()
@@ -341,7 +394,9 @@ def test_samples_follow_the_scores(push, leaving):
     assert left == leaving
     for i in range(2):
         assert chi_square(lists[i], probs[i]) < 84 + 5 * 13
-        assert chi_square(lists[i], probs[1 - i]) > 1000  # the test would see another prompt's distribution
+        assert (
+            chi_square(lists[i], probs[1 - i]) > 1000
+        )  # the test would see another prompt's distribution
 
 
 def test_samples_repeat_under_the_same_generator_and_only_then():
@@ -356,23 +411,35 @@ def test_samples_repeat_under_the_same_generator_and_only_then():
 def test_what_stands_after_eos_and_where_it_is_missing():
     model = random_model(torch.float32, **FIVE)
     ids, mask = sample(model, *FIVE_PROMPTS, 200, 3, torch.Generator().manual_seed(0))
-    assert ids.shape == mask.shape == (2, 200, 3) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert (
+        ids.shape == mask.shape == (2, 200, 3)
+        and ids.dtype == torch.int64
+        and mask.dtype == torch.bool
+    )
     assert (ids[~mask] == 4).all()
     lists = sum(as_lists(ids, mask), [])
-    assert all((y[-1] == 4) == (4 in y) and y.count(4) <= 1 and (4 in y or len(y) == 3) for y in lists)
+    assert all(
+        (y[-1] == 4) == (4 in y) and y.count(4) <= 1 and (4 in y or len(y) == 3) for y in lists
+    )
     assert {len(y) for y in lists} == {1, 2, 3} and any(4 not in y for y in lists)
     assert torch.equal(mask, mask.cummin(-1).values.bool())  # no holes
     with torch.no_grad():
-        model.ln_f.bias += 50 * model.wte.weight[4]  # EOS for certain: R is the longest response drawn, not max_tokens
+        model.ln_f.bias += (
+            50 * model.wte.weight[4]
+        )  # EOS for certain: R is the longest response drawn, not max_tokens
     ids, mask = sample(model, *FIVE_PROMPTS, 3, 3, torch.Generator())
     assert ids.tolist() == [[[4]] * 3] * 2 and mask.all()
 
 
 def test_temperature_divides_the_logits():
     model = random_model(torch.float32, **FIVE)
-    ids, mask = sample(model, *FIVE_PROMPTS, 6000, 3, torch.Generator().manual_seed(2), temperature=0.5)
+    ids, mask = sample(
+        model, *FIVE_PROMPTS, 6000, 3, torch.Generator().manual_seed(2), temperature=0.5
+    )
     lists, at_one = as_lists(ids, mask), enumerated_probs(model)
-    with torch.no_grad():  # logits = ln_f(x) @ wte.T, so twice the last norm is half the temperature
+    with (
+        torch.no_grad()
+    ):  # logits = ln_f(x) @ wte.T, so twice the last norm is half the temperature
         model.ln_f.weight *= 2
         model.ln_f.bias *= 2
     at_half = enumerated_probs(model)
@@ -380,11 +447,15 @@ def test_temperature_divides_the_logits():
         expected = 6000 * at_half[i]
         often = expected > 5
         counts = torch.tensor([lists[i].count(y) for y in FIVE_RESPONSES], dtype=torch.float64)
-        assert ((counts - expected) ** 2 / expected)[often].sum() < often.sum() + 5 * (2 * often.sum()) ** 0.5
+        assert ((counts - expected) ** 2 / expected)[often].sum() < often.sum() + 5 * (
+            2 * often.sum()
+        ) ** 0.5
         assert (counts / 6000 - at_one[i]).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}]
+)
 def test_greedy_limits(options):
     model = random_model(torch.float32, **FIVE)
     lists = as_lists(*sample(model, *FIVE_PROMPTS, 2, 4, torch.Generator(), **options))
@@ -396,9 +467,15 @@ def test_greedy_limits(options):
 
 
 def test_next_token_probs_by_hand():
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]]).log() + torch.tensor([[3.0], [-5.0]])
-    cut = lambda **options: (lambda p: p / p.sum(-1, keepdim=True))(next_token_probs(logits, **options))
-    check = lambda p, rows: torch.testing.assert_close(p, torch.tensor(rows, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]]).log() + torch.tensor(
+        [[3.0], [-5.0]]
+    )
+    cut = lambda **options: (lambda p: p / p.sum(-1, keepdim=True))(
+        next_token_probs(logits, **options)
+    )
+    check = lambda p, rows: torch.testing.assert_close(
+        p, torch.tensor(rows, dtype=torch.float32), rtol=1e-5, atol=1e-6
+    )
     check(next_token_probs(logits), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
     check(cut(top_k=2), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]])
     check(cut(top_k=9), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
@@ -408,38 +485,61 @@ def test_next_token_probs_by_hand():
     check(cut(top_p=0.55), [[0, 4 / 7, 0, 3 / 7], [0, 0, 1, 0]])
     check(cut(top_p=0.35), [[0, 1, 0, 0], [0, 0, 1, 0]])
     check(cut(top_p=0.93), [[0.1, 0.4, 0.2, 0.3], [25 / 95, 0, 60 / 95, 10 / 95]])
-    assert (next_token_probs(torch.zeros(1, 4), top_p=0.5) > 0).sum() == 2  # two quarters reach a half
+    assert (
+        next_token_probs(torch.zeros(1, 4), top_p=0.5) > 0
+    ).sum() == 2  # two quarters reach a half
     check(
         cut(top_k=3, top_p=0.7), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
     )  # p of what top_k left: 4/9 + 3/9; 60/95 + 25/95
-    check(cut(allowed=torch.tensor([True, False, True, False])), [[1 / 3, 0, 2 / 3, 0], [25 / 85, 0, 60 / 85, 0]])
-    check(cut(allowed=torch.tensor([True, True, False, True]), top_k=1), [[0, 1, 0, 0], [1, 0, 0, 0]])
+    check(
+        cut(allowed=torch.tensor([True, False, True, False])),
+        [[1 / 3, 0, 2 / 3, 0], [25 / 85, 0, 60 / 85, 0]],
+    )
+    check(
+        cut(allowed=torch.tensor([True, True, False, True]), top_k=1), [[0, 1, 0, 0], [1, 0, 0, 0]]
+    )
 
 
-@pytest.mark.parametrize("options, possible", [({"top_k": 2}, 2), ({"top_p": 0.5}, None), ({"allowed": True}, 3)])
+@pytest.mark.parametrize(
+    "options, possible", [({"top_k": 2}, 2), ({"top_p": 0.5}, None), ({"allowed": True}, 3)]
+)
 def test_samples_stay_inside_what_is_possible(options, possible):
     """Every token drawn is one that next_token_probs gives a share, and the shares are right for the first token."""
     model = random_model(torch.float32, **FIVE)
     if "allowed" in options:
         options = {
-            "allowed": torch.tensor([[True, False, True, True, False]] * 2 + [[False, True, False, False, True]])
+            "allowed": torch.tensor(
+                [[True, False, True, True, False]] * 2 + [[False, True, False, False, True]]
+            )
         }
-    lists = as_lists(*sample(model, *FIVE_PROMPTS, 4000, 3, torch.Generator().manual_seed(3), **options))
+    lists = as_lists(
+        *sample(model, *FIVE_PROMPTS, 4000, 3, torch.Generator().manual_seed(3), **options)
+    )
     for x, n, row in zip(FIVE_PROMPTS[0].tolist(), (3, 2), lists):
         for y in {tuple(y) for y in row}:
             for t in range(len(y)):
-                here = options | ({"allowed": options["allowed"][t]} if "allowed" in options else {})
-                p = next_token_probs(plain_logits(model, torch.tensor(x[:n] + list(y[:t])))[-1:], **here)[0]
+                here = options | (
+                    {"allowed": options["allowed"][t]} if "allowed" in options else {}
+                )
+                p = next_token_probs(
+                    plain_logits(model, torch.tensor(x[:n] + list(y[:t])))[-1:], **here
+                )[0]
                 assert p[y[t]] > 0
                 if t == 0:
                     assert possible is None or (p > 0).sum() == possible
-                    shares = torch.tensor([sum(z[0] == v for z in row) for v in range(5)]) / len(row)
-                    torch.testing.assert_close(shares, (p / p.sum()).detach(), rtol=0, atol=5 * 0.5 / 4000**0.5)
+                    shares = torch.tensor([sum(z[0] == v for z in row) for v in range(5)]) / len(
+                        row
+                    )
+                    torch.testing.assert_close(
+                        shares, (p / p.sum()).detach(), rtol=0, atol=5 * 0.5 / 4000**0.5
+                    )
 
 
 @pytest.mark.parametrize("u, expected", [(0.0, 1), (1 - 2**-53, 3)])
 def test_the_ends_of_the_uniform_draw_never_pick_an_impossible_token(monkeypatch, u, expected):
-    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64))
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64)
+    )
     allowed = torch.tensor([[False, True, False, True, False]] * 3)
     ids, _ = sample(random_model(torch.float32, **FIVE), *FIVE_PROMPTS, 7, 3, None, allowed=allowed)
     assert (ids == expected).all()
@@ -448,7 +548,9 @@ def test_the_ends_of_the_uniform_draw_never_pick_an_impossible_token(monkeypatch
 def test_decoding_step_by_step_gives_the_scoring_logits():
     """Also after responses have left the cache, some of them twice, and in another order."""
     model, batch = random_model(), ragged_batch()
-    expected = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids).flatten(0, 1)  # [B * M, R, V]
+    expected = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids).flatten(
+        0, 1
+    )  # [B * M, R, V]
     ids, alive = batch.response_ids.flatten(0, 1), torch.arange(B * M)
     leaving = {1: [5, 0, 3, 2], 3: [2, 1]}  # before step t these rows of the last call stay
     with torch.no_grad():
@@ -457,7 +559,9 @@ def test_decoding_step_by_step_gives_the_scoring_logits():
         for t in range(R - 1):
             rows = torch.tensor(leaving[t]) if t in leaving else None
             alive = alive if rows is None else alive[rows]
-            torch.testing.assert_close(step(ids[alive, t], rows), expected[alive, t + 1], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(
+                step(ids[alive, t], rows), expected[alive, t + 1], rtol=1e-10, atol=1e-10
+            )
     assert alive.tolist() == [3, 0]
 
 
@@ -496,11 +600,18 @@ def test_logits_equal_transformers_gpt2():
         logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
         for i, j, x, y in candidates():
             theirs = oracle(torch.tensor([x + y])).logits[0]  # [len(x) + len(y), V]
-            torch.testing.assert_close(plain_logits(model, torch.tensor(x + y)), theirs, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(
-                model.head(model.encode(torch.tensor([x + y]), None))[0], theirs, rtol=1e-6, atol=1e-6
+                plain_logits(model, torch.tensor(x + y)), theirs, rtol=1e-6, atol=1e-6
             )
-            torch.testing.assert_close(logits[i, j, : len(y)], theirs[len(x) - 1 : -1], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                model.head(model.encode(torch.tensor([x + y]), None))[0],
+                theirs,
+                rtol=1e-6,
+                atol=1e-6,
+            )
+            torch.testing.assert_close(
+                logits[i, j, : len(y)], theirs[len(x) - 1 : -1], rtol=1e-6, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(
@@ -517,7 +628,9 @@ def test_smallest_and_largest_sizes(prompt, responses):
     """S = 1, R = 1, M = 1, each alone and together, and S + R = the whole context."""
     model = random_model()
     batch = make_batch([Example("", prompt, responses, [0.0] * len(responses))], EOS)
-    logits, step = model.decode(batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1])
+    logits, step = model.decode(
+        batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1]
+    )
     for j, y in enumerate(responses):
         expected = logits_alone(model, prompt, y)
         torch.testing.assert_close(
@@ -528,7 +641,12 @@ def test_smallest_and_largest_sizes(prompt, responses):
         )
         torch.testing.assert_close(logits[j], expected[0], rtol=1e-10, atol=1e-10)
     ids, mask = sample(
-        model, batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1], torch.Generator()
+        model,
+        batch.prompt_ids,
+        batch.prompt_mask,
+        len(responses),
+        batch.response_ids.shape[-1],
+        torch.Generator(),
     )
     assert ids.shape[:2] == (1, len(responses)) and mask[..., 0].all()
 
@@ -551,7 +669,9 @@ def test_bfloat16_autocast_scores_in_float32():
     assert logps.dtype == torch.float32 and ids.shape[:2] == (B, M)
     assert not torch.equal(logps, exact)
     length = batch.response_mask.sum(-1)
-    assert ((logps - exact).abs() <= 0.05 * length).all()  # bfloat16 keeps 8 bits: some hundredths of a nat a token
+    assert (
+        (logps - exact).abs() <= 0.05 * length
+    ).all()  # bfloat16 keeps 8 bits: some hundredths of a nat a token
     assert (
         response_logps(model.bfloat16(), batch).dtype == torch.float32
     )  # weights in bfloat16, the log-softmax still is not
@@ -564,7 +684,9 @@ def test_initialisation_is_gpt2s_at_gpt2s_width():
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.02 / math.sqrt(2 * 2) if name.endswith("c_proj.weight") else 0.02
-            assert abs(p.std().item() / expected - 1) < 0.01 and abs(p.mean().item()) < 0.01 * expected, name
+            assert (
+                abs(p.std().item() / expected - 1) < 0.01 and abs(p.mean().item()) < 0.01 * expected
+            ), name
         else:
             assert (p == (1 if ".weight" in name else 0)).all(), name
 
@@ -591,7 +713,10 @@ def test_gpt2_has_its_published_number_of_parameters():
         model = GPT(GPTConfig(50257, 1024, 12, 12, 768, 50256))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     L, D = 12, 768
-    assert sum(p.numel() for p in model.parameters()) == (50257 + 1024) * D + L * (12 * D**2 + 13 * D) + 2 * D
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == (50257 + 1024) * D + L * (12 * D**2 + 13 * D) + 2 * D
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -608,7 +733,13 @@ def test_the_same_on_a_gpu():
     model = random_model(torch.float32, **FIVE)
     probs = enumerated_probs(model)
     lists = as_lists(
-        *sample(model.cuda(), *(x.cuda() for x in FIVE_PROMPTS), 6000, 3, torch.Generator("cuda").manual_seed(1))
+        *sample(
+            model.cuda(),
+            *(x.cuda() for x in FIVE_PROMPTS),
+            6000,
+            3,
+            torch.Generator("cuda").manual_seed(1),
+        )
     )
     for i in range(2):
         assert chi_square(lists[i], probs[i]) < 84 + 5 * 13

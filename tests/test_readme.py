@@ -15,8 +15,15 @@ from experiments import compare, copa, exact, tables
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("bash", "python", "json")}
-COMMANDS = [part.strip() for block in BLOCKS["bash"] for line in block.splitlines() for part in line.split("&&")]
+BLOCKS = {
+    kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("bash", "python", "json")
+}
+COMMANDS = [
+    part.strip()
+    for block in BLOCKS["bash"]
+    for line in block.splitlines()
+    for part in line.split("&&")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,7 +46,11 @@ def test_requirements_are_the_three_packages():
 
 def test_ci_runs_exactly_the_readme_test_command():
     script = (ROOT / ".ci" / "run").read_text()
-    assert script.rstrip().endswith("\npytest") and "requirements-dev.txt" in script and "ruff check" in script
+    assert (
+        script.rstrip().endswith("\npytest")
+        and "requirements-dev.txt" in script
+        and "ruff check" in script
+    )
 
 
 def test_the_loss_example_runs():
@@ -54,7 +65,9 @@ def test_a_new_objective_is_one_function_and_one_line(monkeypatch):
     function, line = example.split("# in compute_loss of train.py:\n")
     assert len(example.strip().splitlines()) <= 10
     source = inspect.getsource(train.compute_loss).splitlines()
-    refusal = next(i for i, text in enumerate(source) if text.strip().startswith("raise ConfigError"))
+    refusal = next(
+        i for i, text in enumerate(source) if text.strip().startswith("raise ConfigError")
+    )
     source.insert(refusal, line.rstrip())
     names = dict(vars(train))
     exec(function + "\n" + "\n".join(source), names)

@@ -26,9 +26,27 @@ from test_model import (
 
 import data
 from data import Example, make_batch
-from model import GPT, T5, GPTConfig, T5Config, ValueNetwork, position_bucket, response_logps, sample
+from model import (
+    GPT,
+    T5,
+    GPTConfig,
+    T5Config,
+    ValueNetwork,
+    position_bucket,
+    response_logps,
+    sample,
+)
 
-SIZE = {"vocab_size": V, "layers": 2, "heads": 2, "width": 8, "head_width": 3, "mlp_width": 12, "eos": EOS, "start": V}
+SIZE = {
+    "vocab_size": V,
+    "layers": 2,
+    "heads": 2,
+    "width": 8,
+    "head_width": 3,
+    "mlp_width": 12,
+    "eos": EOS,
+    "start": V,
+}
 
 
 def random_t5(dtype=torch.float64, seed=0, scale=0.3, **config):
@@ -59,7 +77,9 @@ def theirs(model):
         pad_token_id=0,
     )
     other = transformers.T5ForConditionalGeneration(config)
-    other.lm_head = torch.nn.Linear(c.width, c.vocab_size, bias=False)  # recent versions tie it all the same
+    other.lm_head = torch.nn.Linear(
+        c.width, c.vocab_size, bias=False
+    )  # recent versions tie it all the same
     state, ours = {}, model.state_dict()
     for name, weight in ours.items():
         new = name.replace(".norm.", ".final_layer_norm.")
@@ -106,7 +126,9 @@ def test_buckets_are_t5s():
 def test_logits_and_gradients_equal_transformers_response_by_response():
     model, batch = random_t5(), ragged_batch()
     other = theirs(model)
-    weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(
+        B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     assert logits.shape == (B, M, R, V)
     loss = 0
@@ -118,7 +140,9 @@ def test_logits_and_gradients_equal_transformers_response_by_response():
     loss.backward()
     table = other.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad
     torch.testing.assert_close(ours["decoder.positions.weight"], table, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours["shared.weight"], other.shared.weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours["shared.weight"], other.shared.weight.grad, rtol=1e-4, atol=1e-4
+    )
     cross = other.decoder.block[1].layer[1].EncDecAttention.k.weight.grad
     torch.testing.assert_close(ours["decoder.blocks.1.cross.k.weight"], cross, rtol=1e-4, atol=1e-4)
     inner = other.encoder.block[0].layer[0].SelfAttention.q.weight.grad
@@ -161,10 +185,16 @@ def test_weights_start_with_t5s_deviations():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_padding_changes_nothing(seed):
     model, batch = random_t5(torch.float32), ragged_batch()
-    logps, noisy = response_logps(model, batch), response_logps(model, with_random_padding(batch, seed))
+    logps, noisy = (
+        response_logps(model, batch),
+        response_logps(model, with_random_padding(batch, seed)),
+    )
     torch.testing.assert_close(noisy, logps, rtol=0, atol=2e-6)
     weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
-    clean, dirty = gradients(model, (weights * logps).sum()), gradients(model, (weights * noisy).sum())
+    clean, dirty = (
+        gradients(model, (weights * logps).sum()),
+        gradients(model, (weights * noisy).sum()),
+    )
     for name in clean:
         torch.testing.assert_close(dirty[name], clean[name], rtol=1e-4, atol=1e-5)
 
@@ -197,7 +227,9 @@ def test_decoding_with_leaving_rows_gives_the_logits_of_scoring():
         kept = torch.arange(6)
         for t, rows in ((1, None), (2, torch.tensor([0, 2, 5])), (3, torch.tensor([1, 2]))):
             kept = kept if rows is None else kept[rows]
-            torch.testing.assert_close(step(responses.flatten(0, 1)[kept, t - 1], rows), scored[kept, t])
+            torch.testing.assert_close(
+                step(responses.flatten(0, 1)[kept, t - 1], rows), scored[kept, t]
+            )
 
 
 def test_samples_follow_the_scores():
@@ -215,10 +247,15 @@ def test_samples_follow_the_scores():
 def test_the_584_responses_of_tiny_sum_to_one():
     task, enc = data.make_task("tiny", random.Random(0)), data.encoding(data.tiny_ranks())
     words = [enc.encode_single_token(" " + w) for w in task.words]
-    responses = [[*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)]
-    model = random_t5(torch.float32, vocab_size=enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, scale=0.1)
+    responses = [
+        [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)
+    ]
+    model = random_t5(
+        torch.float32, vocab_size=enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, scale=0.1
+    )
     batch = make_batch(
-        [Example("", enc.encode_ordinary(task.prompts["ood"][0]), responses, [0.0] * 584)], enc.eot_token
+        [Example("", enc.encode_ordinary(task.prompts["ood"][0]), responses, [0.0] * 584)],
+        enc.eot_token,
     )
     with torch.no_grad():
         logps = response_logps(model, batch, data.allowed_tokens(task, enc)).double()
@@ -248,7 +285,9 @@ def test_the_value_is_a_linear_head_on_the_mean_state_of_the_prompt_alone(kind):
     V_ = value(batch.prompt_ids, batch.prompt_mask)
     assert V_.shape == (B,)
     for i, n in enumerate((7, 4)):
-        states = value.backbone.encode(batch.prompt_ids[i : i + 1, :n], batch.prompt_mask[i : i + 1, :n])[0]
+        states = value.backbone.encode(
+            batch.prompt_ids[i : i + 1, :n], batch.prompt_mask[i : i + 1, :n]
+        )[0]
         expected = states.mean(0) @ value.value_head.weight[0] + value.value_head.bias[0]
         torch.testing.assert_close(V_[i], expected, rtol=1e-5, atol=1e-5)
 
@@ -259,10 +298,15 @@ def test_the_value_never_sees_padding(kind):
     noisy = with_random_padding(batch, 2)
     assert not torch.equal(noisy.prompt_ids, batch.prompt_ids)
     torch.testing.assert_close(
-        value(noisy.prompt_ids, noisy.prompt_mask), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-6
+        value(noisy.prompt_ids, noisy.prompt_mask),
+        value(batch.prompt_ids, batch.prompt_mask),
+        rtol=0,
+        atol=1e-6,
     )
     longer = [torch.nn.functional.pad(x, (0, 3)) for x in (batch.prompt_ids, batch.prompt_mask)]
-    torch.testing.assert_close(value(*longer), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        value(*longer), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

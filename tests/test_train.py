@@ -18,6 +18,7 @@ import torch
 
 import data
 import dro
+import frontier
 import train
 from train import Config, ConfigError
 
@@ -86,7 +87,14 @@ def test_a_run_writes_what_it_promises(finished):
 
 def test_a_short_run_improves_the_reward_on_prompts_never_trained_on(tmp_path):
     metrics = train.main(
-        small(tmp_path / "run", reference_steps=200, steps=100, batch_size=16, eval_prompts=20, width=64)
+        small(
+            tmp_path / "run",
+            reference_steps=200,
+            steps=100,
+            batch_size=16,
+            eval_prompts=20,
+            width=64,
+        )
     )
     assert metrics["policy_reward"] > metrics["reference_reward"] + 0.15
     assert metrics["win_rate"] > 0.55
@@ -147,8 +155,12 @@ def test_the_sampled_optimum_agrees_with_enumeration_on_tiny(finished):
             p.add_(0.15 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         for p, q in zip(policy.parameters(), reference.parameters()):
             p.copy_(q + 0.04 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-    exact, *_ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=True)
-    sampled, *_ = train.evaluate_task(c, world, policy, reference, world.heldout[:8], "x", enumerated=False)
+    exact, *_ = train.evaluate_task(
+        c, world, policy, reference, world.heldout[:8], "x", enumerated=True
+    )
+    sampled, *_ = train.evaluate_task(
+        c, world, policy, reference, world.heldout[:8], "x", enumerated=False
+    )
     assert exact["kl"] > 0.2
     assert sampled["kl"] == pytest.approx(exact["kl"], abs=4 * sampled["kl_se"])
     assert sampled["optimal_reward"] == pytest.approx(exact["optimal_reward"], rel=0.1)
@@ -162,11 +174,15 @@ def test_efficiency_is_one_for_the_optimum_and_null_where_it_means_nothing(finis
     metrics, *_ = train.evaluate_task(c, world, model, model, world.heldout[:4], "x")
     assert metrics["kl"] == pytest.approx(0, abs=1e-9) and metrics["efficiency"] is None
     responses = train.enumerate_tiny(world)
-    example = dataclasses.replace(world.heldout[0], response_ids=responses, rewards=[0.0] * len(responses))
+    example = dataclasses.replace(
+        world.heldout[0], response_ids=responses, rewards=[0.0] * len(responses)
+    )
     ref = torch.tensor(train.score_examples(c, world, model, [example]), dtype=torch.float64)
     assert ref.logsumexp(-1).item() == pytest.approx(0, abs=1e-6)
     rewards = torch.tensor([train.rewarded(world, example.prompt, responses)], dtype=torch.float64)
-    assert dro.frontier(ref, dro.optimal_logps(ref, rewards, 0.4), rewards).efficiency == pytest.approx(1)
+    assert frontier.frontier(
+        ref, dro.optimal_logps(ref, rewards, 0.4), rewards
+    ).efficiency == pytest.approx(1)
 
 
 def test_list_metrics_count_ties_half_and_name_every_score():
@@ -181,13 +197,23 @@ def test_list_metrics_count_ties_half_and_name_every_score():
         }
     ]
     m = train.list_metrics(rows)
-    assert (m["pair_accuracy_good"], m["pair_accuracy_bad"], m["pair_accuracy_flat"], m["longer_accuracy"]) == (
+    assert (
+        m["pair_accuracy_good"],
+        m["pair_accuracy_bad"],
+        m["pair_accuracy_flat"],
+        m["longer_accuracy"],
+    ) == (
         1,
         0,
         0.5,
         2 / 3,
     )
-    assert (m["top1_reward_good"], m["top1_reward_bad"], m["mean_reward"], m["best_reward"]) == (3, 1, 2, 3)
+    assert (m["top1_reward_good"], m["top1_reward_bad"], m["mean_reward"], m["best_reward"]) == (
+        3,
+        1,
+        2,
+        3,
+    )
 
 
 def test_the_probabilities_of_tiny_sum_to_one_for_reference_and_policy(finished):
@@ -285,14 +311,18 @@ def test_a_non_finite_loss_stops_with_the_last_good_checkpoint_kept(finished, mo
     folder = finished[0].parent / "nan"
     real, calls = train.compute_loss, []
     monkeypatch.setattr(
-        train, "compute_loss", lambda *args: calls.append(1) or real(*args) * (math.nan if len(calls) > 6 else 1.0)
+        train,
+        "compute_loss",
+        lambda *args: calls.append(1) or real(*args) * (math.nan if len(calls) > 6 else 1.0),
     )
     with pytest.raises(
         FloatingPointError, match="step 6: loss is nan.*last good checkpoint"
     ):  # one call was the trial before the run
         train.main(small(folder))
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 4 and all(torch.isfinite(p).all() for p in checkpoint["policy"].values())
+    assert checkpoint["step"] == 4 and all(
+        torch.isfinite(p).all() for p in checkpoint["policy"].values()
+    )
 
 
 def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
@@ -334,10 +364,19 @@ def write(path, records):
 def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):
     path = write(tmp_path / "lists.jsonl", LISTS)
     metrics = train.main(small(tmp_path / "run", data=[path], evolve=None, vocab_size=300))
-    for name in ("policy_sum", "policy_mean", "policy_ratio", "reference_sum", "reference_mean", "longest"):
+    for name in (
+        "policy_sum",
+        "policy_mean",
+        "policy_ratio",
+        "reference_sum",
+        "reference_mean",
+        "longest",
+    ):
         assert 0 <= metrics[f"top1_reward_{name}"] <= metrics["best_reward"] <= 1
     assert metrics["pair_accuracy_policy_mean"] > 0.9 and metrics["longer_accuracy"] == 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()
+    ]
     assert train.list_metrics(rows)["top1_reward_policy_mean"] == metrics["top1_reward_policy_mean"]
     own = train.main(
         small(
@@ -354,17 +393,25 @@ def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):
 @pytest.mark.parametrize(
     "records, message",
     [
-        ([{"prompt": "x", "responses": ["a"], "rewards": [1, 2]}], r"lists.jsonl:1: 1 responses and 2 rewards"),
+        (
+            [{"prompt": "x", "responses": ["a"], "rewards": [1, 2]}],
+            r"lists.jsonl:1: 1 responses and 2 rewards",
+        ),
         (
             [{"prompt": f"{i}", "responses": ["a"], "rewards": [1]} for i in range(40)],
             "every list here has a single response",
         ),
-        ([{"prompt": "same", "responses": ["a", "b"], "rewards": [1, 2]}] * 5, "expected some of both"),
+        (
+            [{"prompt": "same", "responses": ["a", "b"], "rewards": [1, 2]}] * 5,
+            "expected some of both",
+        ),
     ],
 )
 def test_bad_data_ends_the_run_before_anything_is_written(tmp_path, records, message):
     with pytest.raises((data.DataError, ConfigError), match=message):
-        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None))
+        train.main(
+            small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None)
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["lists.jsonl"]
 
 
@@ -372,14 +419,21 @@ def test_a_constant_reward_is_nothing_to_learn(tmp_path):
     records = [{**r, "rewards": [1.0] * len(r["rewards"])} for r in LISTS]
     with pytest.raises(ConfigError, match="nothing to learn"):
         train.main(
-            small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None, reward_norm="global")
+            small(
+                tmp_path / "run",
+                data=[write(tmp_path / "lists.jsonl", records)],
+                evolve=None,
+                reward_norm="global",
+            )
         )
 
 
 def test_lire_needs_a_list_with_unlike_rewards(tmp_path):
     records = [{**r, "rewards": [float(i)] * len(r["rewards"])} for i, r in enumerate(LISTS)]
     with pytest.raises(ConfigError, match="nothing to compare"):
-        train.main(small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None))
+        train.main(
+            small(tmp_path / "run", data=[write(tmp_path / "lists.jsonl", records)], evolve=None)
+        )
 
 
 def test_damaged_files_of_a_run_end_with_one_line(tmp_path, capsys):
@@ -406,14 +460,18 @@ def test_changed_data_are_refused_on_resume(tmp_path):
 
 def test_gpt2_explains_itself_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        data.tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network"))
+        data.tiktoken,
+        "get_encoding",
+        lambda name: (_ for _ in ()).throw(ConnectionError("no network")),
     )
     with pytest.raises(data.DataError, match="TIKTOKEN_CACHE_DIR"):
         train.main(small(tmp_path / "run", task="dialogue", tokenizer="gpt2"))
 
 
 def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
-    folder = Path(os.environ.get("LIRE_DATA_DIR", ROOT.parent / "shared" / "data")) / "tiktoken_cache"
+    folder = (
+        Path(os.environ.get("LIRE_DATA_DIR", ROOT.parent / "shared" / "data")) / "tiktoken_cache"
+    )
     if not folder.exists():
         pytest.skip(f"GPT-2's vocabulary is not in {folder}")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
@@ -463,8 +521,14 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
         ("--objective dro --reward-norm softmax", "takes global or none"),
         ("--objective kto --batch-size 1", "at least 2, got 1"),
         ("--objective dro-p --batch-size 1", "at least 2, got 1"),
-        ("--objective kto --desirable positive --reward-norm global", "leave --reward-norm global away"),
-        ("--objective lire --tau 0.5", "--tau is an option of dro, dro-p: --objective lire does not read it"),
+        (
+            "--objective kto --desirable positive --reward-norm global",
+            "leave --reward-norm global away",
+        ),
+        (
+            "--objective lire --tau 0.5",
+            "--tau is an option of dro, dro-p: --objective lire does not read it",
+        ),
         ("--objective dro --beta 0.5", "--beta is an option of dpo, ipo, pl-dpo, kto"),
         ("--objective pro --pairs all", "--pairs is an option of dpo, ipo, slic"),
         ("--objective dpo --sft-weight 0.1", "--sft-weight is an option of lire, rrhf, slic, pro"),
@@ -484,16 +548,21 @@ def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, t
 def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
     for argv in (["--learning-rate", "1"], ["--lr", "-1"], ["--lr", "fast"]):
         done = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *argv], capture_output=True, text=True, cwd=tmp_path
+            [sys.executable, str(ROOT / "train.py"), *argv],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
         )
-        assert done.returncode != 0 and done.stderr.count("\n") == 1 and argv[0] in done.stderr, done.stderr
+        assert done.returncode != 0 and done.stderr.count("\n") == 1 and argv[0] in done.stderr, (
+            done.stderr
+        )
 
 
 def test_every_option_is_read_by_the_code_and_explained():
     source = inspect.getsource(train)
     for f in dataclasses.fields(Config):
         assert re.search(rf"\bc\.{f.name}\b", source) or f.name in train.REFERENCE_SETTINGS, f.name
-        assert re.search(rf"^    {f.name}: .*  # \w", source, re.M), f"{f.name} has no comment"
+        assert f.metadata["help"], f.name
 
 
 def test_importing_any_module_has_no_side_effect(tmp_path):
@@ -529,7 +598,10 @@ def test_shuffled_prompts_are_other_prompts(tmp_path):
     lists = [[[1, 2], [3, 4]] for _ in world.train]
     pool = train.make_pool(c, world, state, model, world.train, lists)
     thing = lambda ids: world.enc.decode(ids).rstrip("?.").split()
-    kept = sum(bool(set(thing(e.prompt_ids)) & set(data.SENTIMENT) & set(e.prompt.rstrip("?.").split())) for e in pool)
+    kept = sum(
+        bool(set(thing(e.prompt_ids)) & set(data.SENTIMENT) & set(e.prompt.rstrip("?.").split()))
+        for e in pool
+    )
     assert kept < 0.1 * len(pool)
 
 
@@ -537,7 +609,9 @@ def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
     rows = {}
     for iterate in (1, 2):
         train.main(small(tmp_path / f"{iterate}", iterate=iterate, steps=8, evolve=1, batch_size=4))
-        generated = torch.load(tmp_path / f"{iterate}" / "checkpoint.pt", weights_only=True)["generated"]
+        generated = torch.load(tmp_path / f"{iterate}" / "checkpoint.pt", weights_only=True)[
+            "generated"
+        ]
         rows[iterate] = sum(bool(lists) for lists in generated)
     assert rows == {1: 32, 2: 16}
 
@@ -566,9 +640,12 @@ def test_a_half_written_log_line_does_not_stop_a_resumed_run(finished, tmp_path)
 
 def test_lists_of_one_response_train_the_reference_and_are_left_out_of_lire(tmp_path, capsys):
     single = write(
-        tmp_path / "single.jsonl", [{**r, "responses": r["responses"][:1], "rewards": r["rewards"][:1]} for r in LISTS]
+        tmp_path / "single.jsonl",
+        [{**r, "responses": r["responses"][:1], "rewards": r["rewards"][:1]} for r in LISTS],
     )
-    metrics = train.main(small(tmp_path / "sft", objective="sft", data=[single], evolve=None, vocab_size=300))
+    metrics = train.main(
+        small(tmp_path / "sft", objective="sft", data=[single], evolve=None, vocab_size=300)
+    )
     assert metrics["kl"] == 0 and "top1_reward_longest" not in metrics
     mixed = write(
         tmp_path / "mixed.jsonl",
@@ -589,7 +666,9 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
     path = write(tmp_path / "lists.jsonl", LISTS)
     held = write(tmp_path / "held.jsonl", LISTS[:7])
     world = train.make_world(
-        train.resolve(small(tmp_path / "run", data=[path], eval_data=[held], evolve=None, vocab_size=300))
+        train.resolve(
+            small(tmp_path / "run", data=[path], eval_data=[held], evolve=None, vocab_size=300)
+        )
     )
     assert not {e.prompt for e in world.logged} & {e.prompt for e in world.heldout}
     assert "7 lists with a held-out prompt are left out" in capsys.readouterr().out
@@ -605,8 +684,16 @@ def test_ties_of_a_score_give_the_mean_reward_of_the_tied():
 @pytest.mark.parametrize("objective", ["lire", "dro", "dro-p", "kto", "sft"])
 @pytest.mark.parametrize("task", ["summary", "tiny"])
 def test_every_objective_and_task_runs_with_the_t5(tmp_path, objective, task):
-    settings = {"task": task, "objective": objective, "model": "t5", "reference_steps": 2, "steps": 2}
-    metrics = train.main(small(tmp_path / "run", **settings, candidates=2, eval_prompts=2, eval_samples=8))
+    settings = {
+        "task": task,
+        "objective": objective,
+        "model": "t5",
+        "reference_steps": 2,
+        "steps": 2,
+    }
+    metrics = train.main(
+        small(tmp_path / "run", **settings, candidates=2, eval_prompts=2, eval_samples=8)
+    )
     assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
 
 
@@ -626,29 +713,49 @@ def test_every_objective_and_task_runs_with_the_t5(tmp_path, objective, task):
     ids=str,
 )
 def test_every_setting_of_dro_and_kto_runs(tmp_path, settings, pictures):
-    metrics = train.main(small(tmp_path / "run", **{"reference_steps": 5, "steps": 4, "evolve": None, **settings}))
+    metrics = train.main(
+        small(tmp_path / "run", **{"reference_steps": 5, "steps": 4, "evolve": None, **settings})
+    )
     assert math.isfinite(metrics["policy_reward"]) and math.isfinite(metrics["kl"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     promised = {"rewards/implied", "rewards/correlation", "kl", "grad_norm"}
     if settings["objective"] == "dro":
-        promised |= {"loss/policy", "loss/value", "value/mean", "value/explained_variance", "residual/rms"}
+        promised |= {
+            "loss/policy",
+            "loss/value",
+            "value/mean",
+            "value/explained_variance",
+            "residual/rms",
+        }
         assert metrics["value_error"] >= 0 and metrics["kl_from_optimum"] >= 0
     if settings["objective"] != "kto":
         promised |= {"residual/within_prompt"}
     assert promised <= set(rows[-1])
     if importlib.util.find_spec("matplotlib") and len(settings) < 3:
-        assert "curves.png" in pictures(tmp_path / "run") and (tmp_path / "run" / "curves.png").exists()
+        assert (
+            "curves.png" in pictures(tmp_path / "run")
+            and (tmp_path / "run" / "curves.png").exists()
+        )
 
 
 def test_dro_improves_the_reward_and_learns_the_value(tmp_path):
-    settings = {"reference_steps": 60, "steps": 200, "batch_size": 16, "eval_prompts": 20, "width": 64, "lr": 2e-3}
+    settings = {
+        "reference_steps": 60,
+        "steps": 200,
+        "batch_size": 16,
+        "eval_prompts": 20,
+        "width": 64,
+        "lr": 2e-3,
+    }
     metrics = train.main(small(tmp_path / "run", objective="dro", evolve=1, **settings, tau=0.5))
     assert metrics["policy_reward"] > metrics["reference_reward"] + 0.3
     assert metrics["train_kl_from_optimum"] < 0.5 * metrics["train_optimum_kl"]
 
 
 @pytest.mark.parametrize(
-    "own", [{"objective": "dro"}, {"objective": "dro", "share_networks": True}, {"objective": "kto"}], ids=str
+    "own",
+    [{"objective": "dro"}, {"objective": "dro", "share_networks": True}, {"objective": "kto"}],
+    ids=str,
 )
 def test_dro_and_kto_resume_to_the_same_bits(tmp_path, monkeypatch, own):
     settings = {**own, "steps": 8, "reference_steps": 5}
@@ -666,14 +773,23 @@ def test_dro_and_kto_resume_to_the_same_bits(tmp_path, monkeypatch, own):
         train.main(small(tmp_path / "cut", **settings))
     monkeypatch.setattr(train, "compute_loss", real)
     train.main(train.command_line(["--resume", str(tmp_path / "cut"), "--device", "auto"]))
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    a, b = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("whole", "cut")
+    )
     assert same(a["policy"], b["policy"])
     if own["objective"] == "dro":
-        assert same(a["value"], b["value"]) and a["statistics"] == b["statistics"] and a["statistics"][1] > 0
+        assert (
+            same(a["value"], b["value"])
+            and a["statistics"] == b["statistics"]
+            and a["statistics"][1] > 0
+        )
 
 
 def test_networks_are_apart_unless_shared_and_each_is_clipped_by_itself(tmp_path):
-    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, lr=5e-4, value_lr=1e-2)
+    c, world, state, reference = loop_state(
+        tmp_path, objective="dro", evolve=1, lr=5e-4, value_lr=1e-2
+    )
     policy, value = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
     assert not policy & value and policy == {id(p) for p in state.policy.parameters()}
     assert [group["peak"] for group in state.optimizer.param_groups] == [5e-4, 1e-2]
@@ -683,14 +799,25 @@ def test_networks_are_apart_unless_shared_and_each_is_clipped_by_itself(tmp_path
     norms = train.optimizer_step(optimizer, (30 * a + 0.5 * b).sum(), 1, 2, 1.0)
     assert norms == [30.0, 0.5] and b.item() == pytest.approx(-0.5 * train.lr_at(1, 2, 1.0))
     assert a.item() == pytest.approx(-1.0 * train.lr_at(1, 2, 1.0), rel=1e-4)
-    c, world, state, reference = loop_state(tmp_path, objective="dro", evolve=1, share_networks=True)
+    c, world, state, reference = loop_state(
+        tmp_path, objective="dro", evolve=1, share_networks=True
+    )
     assert state.value.backbone is state.policy and len(state.optimizer.param_groups) == 1
-    assert any(p is state.value.value_head.weight for p in state.optimizer.param_groups[0]["params"])
+    assert any(
+        p is state.value.value_head.weight for p in state.optimizer.param_groups[0]["params"]
+    )
 
 
 def test_rewards_that_are_all_alike_are_measured_without_a_nan(tmp_path):
     """A reference that has learnt nothing earns nothing in dialogue: LIRE's run still ends, those of DRO and KTO say why they can't begin."""
-    settings = {"task": "dialogue", "reference_steps": 1, "steps": 1, "evolve": 1, "eval_prompts": 2, "candidates": 2}
+    settings = {
+        "task": "dialogue",
+        "reference_steps": 1,
+        "steps": 1,
+        "evolve": 1,
+        "eval_prompts": 2,
+        "candidates": 2,
+    }
     metrics = train.main(small(tmp_path / "lire", **settings))
     assert metrics["value_deviation"] == 0 and metrics["efficiency"] is None
     for objective in ("dro", "dro-p", "kto"):
@@ -711,18 +838,26 @@ def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts(tmp_path):
 def test_the_loss_of_dro_counts_every_response_once_with_its_prompts_value():
     c = train.resolve(Config(objective="dro", tau=0.5, device="cpu"))
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    rewards, logps, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    rewards, logps, ref = (
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
     ids = torch.ones(2, 3, 4, dtype=torch.long)
-    batch = data.Batch(ids[:, 0], ids[:, 0].bool(), ids, mask[..., None].expand(2, 3, 4), mask, rewards, ref)
+    batch = data.Batch(
+        ids[:, 0], ids[:, 0].bool(), ids, mask[..., None].expand(2, 3, 4), mask, rewards, ref
+    )
     logps = torch.where(mask, logps, torch.nan)  # an empty slot may hold anything
     losses = train.compute_loss(c, logps, batch, torch.tensor([0.3, -0.7]))
     expected = [
-        dro.dro_v_losses(*(x[None] for x in (logps[i, j], ref[i, j], rewards[i, j], torch.tensor(v))), 0.5)
+        dro.dro_v_losses(
+            *(x[None] for x in (logps[i, j], ref[i, j], rewards[i, j], torch.tensor(v))), 0.5
+        )
         for i, j, v in ((0, 0, 0.3), (0, 1, 0.3), (0, 2, 0.3), (1, 0, -0.7))
     ]
     for k, name in enumerate(("loss/policy", "loss/value")):
         torch.testing.assert_close(losses[name], torch.cat([e[k] for e in expected]))
-    assert train.total(losses).item() == pytest.approx(sum(x.mean().item() for x in losses.values()))
+    assert train.total(losses).item() == pytest.approx(
+        sum(x.mean().item() for x in losses.values())
+    )
 
 
 def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(tmp_path):
@@ -730,7 +865,9 @@ def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(
     with torch.no_grad():
         state.policy.wpe.weight.add_(0.3)
     words = train.enumerate_tiny(world)
-    examples = train.with_responses(world.train[:3], [[words[0], words[80]], [words[20]], [words[100], words[5]]])
+    examples = train.with_responses(
+        world.train[:3], [[words[0], words[80]], [words[20]], [words[100], words[5]]]
+    )
     batch = data.make_batch(examples, world.enc.eot_token)
     policy, ref = train.mismatched_logps(world, state.policy, reference, batch)
     apart = train.with_responses(world.train[:3], [[words[20]], [words[100]], [words[0]]])
@@ -751,16 +888,24 @@ def test_the_residual_within_prompts_is_that_of_the_samples(tmp_path):
     m = train.quick_evaluation(
         c, world, state, reference, 1
     )  # policy = reference: what is left is the reward's deviation
-    lists = train.sample_lists(c, world, reference, world.heldout[:32], 8, train.rng(c.seed, "quick", 1))
-    rewards = torch.tensor([train.rewarded(world, e.prompt, ys) for e, ys in zip(world.heldout, lists)])
+    lists = train.sample_lists(
+        c, world, reference, world.heldout[:32], 8, train.rng(c.seed, "quick", 1)
+    )
+    rewards = torch.tensor(
+        [train.rewarded(world, e.prompt, ys) for e, ys in zip(world.heldout, lists)]
+    )
     expected = (rewards / 0.8).var(-1, correction=0).mean().sqrt().item()
     assert m["residual/within_prompt"] == pytest.approx(expected, rel=1e-5)
 
 
 SINGLES = [
-    {"prompt": f"What is {i} like?", "response": "Fine." if i % 2 else "Bad.", "reward": i % 2} for i in range(60)
+    {"prompt": f"What is {i} like?", "response": "Fine." if i % 2 else "Bad.", "reward": i % 2}
+    for i in range(60)
 ]
-THUMBS = [{"prompt": r["prompt"], "completion": r["response"], "label": bool(r["reward"])} for r in SINGLES]
+THUMBS = [
+    {"prompt": r["prompt"], "completion": r["response"], "label": bool(r["reward"])}
+    for r in SINGLES
+]
 
 
 @pytest.mark.parametrize("objective", ["dro", "dro-p", "kto"])
@@ -768,7 +913,17 @@ THUMBS = [{"prompt": r["prompt"], "completion": r["response"], "label": bool(r["
 def test_single_responses_thumbs_and_lists_train_dro_and_kto(tmp_path, objective, rows):
     path = write(tmp_path / "rows.jsonl", rows)
     run = tmp_path / "run"
-    train.main(small(run, data=[path], objective=objective, evolve=None, vocab_size=300, reference_steps=2, steps=4))
+    train.main(
+        small(
+            run,
+            data=[path],
+            objective=objective,
+            evolve=None,
+            vocab_size=300,
+            reference_steps=2,
+            steps=4,
+        )
+    )
     expected = ("positive" if rows is THUMBS else "mean") if objective == "kto" else None
     assert json.loads((run / "config.json").read_text())["desirable"] == expected
     row = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
@@ -777,9 +932,19 @@ def test_single_responses_thumbs_and_lists_train_dro_and_kto(tmp_path, objective
 
 def test_candidates_takes_the_first_of_a_files_lists(tmp_path, capsys):
     path = write(
-        tmp_path / "lists.jsonl", [{**r, "rewards": [i % 3, 9, 9][: len(r["rewards"])]} for i, r in enumerate(LISTS)]
+        tmp_path / "lists.jsonl",
+        [{**r, "rewards": [i % 3, 9, 9][: len(r["rewards"])]} for i, r in enumerate(LISTS)],
     )
-    train.main(small(tmp_path / "run", data=[path], objective="dro", candidates=1, evolve=None, vocab_size=300))
+    train.main(
+        small(
+            tmp_path / "run",
+            data=[path],
+            objective="dro",
+            candidates=1,
+            evolve=None,
+            vocab_size=300,
+        )
+    )
     assert "lists of 1.0 responses" in capsys.readouterr().out
 
 
@@ -792,9 +957,21 @@ def test_candidates_takes_the_first_of_a_files_lists(tmp_path, capsys):
             {"objective": "dro"},
             "every reward is 2.0: there is nothing to learn",
         ),
-        ([{**r, "label": True} for r in THUMBS], {"objective": "kto"}, "none of these .. is undesirable"),
-        ([{**r, "label": False} for r in THUMBS], {"objective": "kto"}, "none of these .. is desirable"),
-        ([{**r, "label": "up"} for r in THUMBS], {"objective": "kto"}, "'label' is 'up', expected true or false"),
+        (
+            [{**r, "label": True} for r in THUMBS],
+            {"objective": "kto"},
+            "none of these .. is undesirable",
+        ),
+        (
+            [{**r, "label": False} for r in THUMBS],
+            {"objective": "kto"},
+            "none of these .. is desirable",
+        ),
+        (
+            [{**r, "label": "up"} for r in THUMBS],
+            {"objective": "kto"},
+            "'label' is 'up', expected true or false",
+        ),
         (SINGLES, {"objective": "dro", "tau": 0.0}, "--tau must be positive"),
         (SINGLES, {"objective": "kto", "beta": -1.0}, "--beta must be positive"),
     ],
