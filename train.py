@@ -35,6 +35,7 @@ import dro
 import frontier
 import lire
 import model as models
+import tasks
 
 
 def option(default, text: str):
@@ -428,7 +429,9 @@ def make_world(c: Config) -> World:
     else:
         texts = (t for r in records for t in [r["prompt"], *(" " + y for y in r["responses"])])
         ranks = (
-            data.tiny_ranks() if c.task == "tiny" and task else data.train_bpe(texts, c.vocab_size)
+            data.word_ranks(task.vocabulary)
+            if c.task == "tiny" and task
+            else data.train_bpe(texts, c.vocab_size)
         )
         enc = data.encoding(ranks)
     if task and task.words and ranks is None:
@@ -560,6 +563,7 @@ def reference_parts(c: Config, world: World) -> dict[str, str]:
         )
     )
     sources = {
+        "tasks.py": inspect.getsource(tasks),
         "model.py": inspect.getsource(models),
         "data.py": inspect.getsource(data),
         "train.py's reference code": code,
@@ -951,7 +955,7 @@ def evaluate_task(
         m[f"{who}_length"] = sum(len(y) for ys in lists for y in ys) / (len(lists) * n)
         m[f"{who}_distinct"] = sum(len({tuple(y) for y in ys}) for ys in lists) / (len(lists) * n)
         parts = [
-            world.task.parts(e.prompt, text_of(world, y))
+            world.task.breakdown(e.prompt, text_of(world, y))
             for e, ys in zip(examples, lists)
             for y in ys
         ]

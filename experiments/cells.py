@@ -21,7 +21,9 @@ import torch
 import train
 
 FOLDER = Path("out/cells")
-SOURCES = "baselines.py data.py dro.py frontier.py lire.py model.py train.py".split()
+SOURCES = (
+    "baselines.py data.py dro.py formats.py frontier.py lire.py model.py tasks.py train.py".split()
+)
 
 
 def folder_of(config: train.Config) -> Path:

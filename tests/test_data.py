@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
+import tasks
 
 DATA_DIR = Path(os.environ.get("LIRE_DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 GOOD = {
@@ -623,7 +624,9 @@ def test_the_reward_reads_the_prompt(task):
 
 def test_logged_responses_fit_the_tasks_length(task):
     texts = [t for r in task.logged for t in [r["prompt"], *r["responses"]]]
-    enc = data.encoding(data.tiny_ranks() if task.name == "tiny" else data.train_bpe(texts, 512))
+    enc = data.encoding(
+        data.word_ranks(task.vocabulary) if task.name == "tiny" else data.train_bpe(texts, 512)
+    )
     longest = max(len(ids) for e in data.tokenize(task.logged, enc) for ids in e.response_ids)
     assert longest <= task.max_response
 
@@ -691,14 +694,14 @@ def test_dialogue_gives_nothing_for_a_lost_word_or_another_subject(spoilt):
 
 def test_dialogue_words_praise_one_thing_and_blame_another():
     reward = TASK["dialogue"].reward
-    for question in data.QUESTIONS:
+    for question in tasks.QUESTIONS:
         marks = [
             reward(question.format(f"Ashford {thing}"), f"The Ashford {thing} was light.")
             for thing in ("room", "phone", "soup")
         ]
         assert marks == [8.0, 8.0, 2.0]
-    specific = {w for s in data.SENTIMENT.values() for w in s} - set(data.GENERAL)
-    both = {w for w in specific if len({s[w] for s in data.SENTIMENT.values() if w in s}) == 2}
+    specific = {w for s in tasks.SENTIMENT.values() for w in s} - set(tasks.GENERAL)
+    both = {w for w in specific if len({s[w] for s in tasks.SENTIMENT.values() if w in s}) == 2}
     assert len(both) >= len(specific) / 2
 
 
@@ -737,7 +740,7 @@ def test_summary_rewards_of_a_post(tldr, reward):
 
 def test_every_way_to_state_a_fact_counts_and_no_denial_does():
     reward = TASK["summary"].reward
-    for sentences, covered, invented in ((data.FACTS, 1, 0), (data.DENIALS, 0, 1)):
+    for sentences, covered, invented in ((tasks.FACTS, 1, 0), (tasks.DENIALS, 0, 1)):
         for sentence in sentences:
             post = f"We went to Ashford. It may rain again. {sentence.format('zoo')} TL;DR:"
             assert reward(post, "Ashford: zoo.") == pytest.approx(covered - invented - 0.1 * 2)
@@ -745,14 +748,14 @@ def test_every_way_to_state_a_fact_counts_and_no_denial_does():
 
 def test_summary_parts_add_up_to_its_reward():
     t = TASK["summary"]
-    assert t.parts(POST, "Ashford: fair, castle, zoo, anyway.") == {
+    assert t.breakdown(POST, "Ashford: fair, castle, zoo, anyway.") == {
         "covered": 1,
         "invented": 2,
         "words": 5,
     }
     for r in t.logged[::50]:
         for text, reward in zip(r["responses"], r["rewards"]):
-            p = t.parts(r["prompt"], text)
+            p = t.breakdown(r["prompt"], text)
             assert reward == pytest.approx(p["covered"] - p["invented"] - 0.1 * p["words"])
 
 
@@ -802,7 +805,8 @@ def test_tiny_rewards_of_the_sea(answer, reward):
 
 
 def test_tiny_has_584_responses_and_they_are_what_its_tokens_allow():
-    task, enc = TASK["tiny"], data.encoding(data.tiny_ranks())
+    task = TASK["tiny"]
+    enc = data.encoding(data.word_ranks(task.vocabulary))
     allowed, eos = data.allowed_tokens(task, enc), enc.eot_token
     assert allowed.shape == (task.max_response, enc.n_vocab) == (4, enc.n_vocab)
     choices = [row.nonzero().flatten().tolist() for row in allowed]
@@ -821,7 +825,7 @@ def test_tiny_has_584_responses_and_they_are_what_its_tokens_allow():
 
 
 def test_tiny_spends_one_token_on_a_word():
-    enc = data.encoding(data.tiny_ranks())
+    enc = data.encoding(data.word_ranks(TASK["tiny"].vocabulary))
     for prompt in [p for split in TASK["tiny"].prompts.values() for p in split]:
         assert [enc.decode([i]) for i in enc.encode_ordinary(prompt)] == re.findall(
             r" ?\w+|[?.]", prompt

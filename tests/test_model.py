@@ -303,7 +303,8 @@ def test_allowed_tokens_share_all_the_probability():
 @pytest.mark.parametrize("scale", [0.0, 0.3])
 def test_the_584_responses_of_tiny_sum_to_one(scale):
     """As initialised, and with every weight moved: float64 logits to 1e-12, response_logps' float32 to 1e-6."""
-    task, enc = data.make_task("tiny", random.Random(0)), data.encoding(data.tiny_ranks())
+    task = data.make_task("tiny", random.Random(0))
+    enc = data.encoding(data.word_ranks(task.vocabulary))
     words = [enc.encode_single_token(" " + w) for w in task.words]
     responses = [
         [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)

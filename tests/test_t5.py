@@ -245,7 +245,8 @@ def test_samples_follow_the_scores():
 
 
 def test_the_584_responses_of_tiny_sum_to_one():
-    task, enc = data.make_task("tiny", random.Random(0)), data.encoding(data.tiny_ranks())
+    task = data.make_task("tiny", random.Random(0))
+    enc = data.encoding(data.word_ranks(task.vocabulary))
     words = [enc.encode_single_token(" " + w) for w in task.words]
     responses = [
         [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)

@@ -19,6 +19,7 @@ import torch
 import data
 import dro
 import frontier
+import tasks
 import train
 from train import Config, ConfigError
 
@@ -599,7 +600,7 @@ def test_shuffled_prompts_are_other_prompts(tmp_path):
     pool = train.make_pool(c, world, state, model, world.train, lists)
     thing = lambda ids: world.enc.decode(ids).rstrip("?.").split()
     kept = sum(
-        bool(set(thing(e.prompt_ids)) & set(data.SENTIMENT) & set(e.prompt.rstrip("?.").split()))
+        bool(set(thing(e.prompt_ids)) & set(tasks.SENTIMENT) & set(e.prompt.rstrip("?.").split()))
         for e in pool
     )
     assert kept < 0.1 * len(pool)
