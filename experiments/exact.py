@@ -1,31 +1,37 @@
-"""Does DRO-V reach the exact optimum, with real networks? On tiny, where all 584 responses of a prompt can be enumerated:
+"""Does DRO-V reach the exact optimum, with real networks? On tiny, where all 584 responses are enumerated:
 
     python -m experiments.exact            GPT and T5, tau 0.5, 1 and 5: a minute each on a core
     python -m experiments.exact --quick    the GPT at tau 1 alone
 
-A small reference, then DRO-V on batches of 128 responses that no policy chose: a length of 1 to 3 words, then the words, all
-equally likely. At the end KL(pi*, pi) and |V - V*|, mean over the prompts, in nats and in units of the normalised reward. One prompt
-is what converges in a minute; the rows with four show how much longer several take. The rows "1/2" train with the coefficient
-that the box of Algorithm 1 prints in place of tau/2: see dro.dro_v_losses. Writes results/exact.json.
+A small reference, then DRO-V on batches of 128 responses that no policy chose: a length of 1 to 3
+words, then the words, all equally likely. At the end KL(pi*, pi) and |V - V*|, mean over the prompts,
+in nats and in units of the normalised reward. One prompt is what converges in a minute; the rows with
+four show how much longer several take. The rows "1/2" train with the coefficient that the box of
+Algorithm 1 prints in place of tau/2: see dro.dro_v_losses. Writes results/exact.json.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import io
-import json
 import multiprocessing
 import os
 import time
-from pathlib import Path
 
 import torch
+from torch import Tensor
 
-import data
 import dro
-import model as models
-import train
-from train import Config
+from data import Batch, make_batch
+from experiments.cells import write_results
+from harness.config import resolve
+from harness.evaluation import enumerate_responses
+from harness.pool import make_world, reward_list, rng, score_lists
+from harness.reference import train_reference
+from harness.update import prompt_values, update
+from model import response_logps
+from train import Config, new_state
 
 BATCH, STEPS, LR = 128, {"gpt": 2000, "t5": 3000}, {"gpt": 4e-3, "t5": 2e-3}
 SETTINGS = {
@@ -38,87 +44,78 @@ SETTINGS = {
     "device": "cpu",
 }
 CASES = [(model, 1, tau, "tau/2") for model in ("gpt", "t5") for tau in (0.5, 1.0, 5.0)]
-CASES += [
-    ("gpt", 4, 0.5, "tau/2"),
-    ("t5", 4, 0.5, "tau/2"),
-    ("gpt", 1, 0.5, "1/2"),
-    ("gpt", 1, 5.0, "1/2"),
-]
+CASES += [("gpt", 4, 0.5, "tau/2"), ("t5", 4, 0.5, "tau/2")]
+CASES += [("gpt", 1, 0.5, "1/2"), ("gpt", 1, 5.0, "1/2")]
 
 
-def with_the_printed_coefficient(logps, ref_logps, rewards, values, tau):
+def losses_as_printed(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, values: Tensor, tau: float
+) -> tuple[Tensor, Tensor]:
     """DRO-V as the box of Algorithm 1 prints it: 1/2 in the policy's loss, whatever tau is."""
     policy, value = dro.dro_v_losses(logps, ref_logps, rewards, values, tau)
     return policy + (0.5 - tau / 2) * (logps - ref_logps).square(), value
 
 
-def full_support(generator, B: int) -> torch.Tensor:
-    """Indices [B, BATCH / B] into train.enumerate_tiny: a length of 1, 2 or 3 words, then its 8, 64 or 512 responses, uniformly."""
+def full_support(generator: torch.Generator, B: int) -> Tensor:
+    """Indices [B, BATCH / B] of responses: a length of 1, 2 or 3 words, then one of its 8, 64 or 512."""
     length = torch.randint(3, (B, BATCH // B), generator=generator)
     number, first = torch.tensor([8, 64, 512])[length], torch.tensor([0, 8, 72])[length]
     return first + (torch.rand(length.shape, generator=generator) * number).long()
 
 
-def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -> dict:
-    """Train one case on one thread. Returns: {"kl": KL(pi*, pi), "kl_before": KL(pi*, reference), "value_error", "seconds"}."""
+def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -> dict:
+    """Train one case on one thread.
+
+    Returns: {"kl": KL(pi*, pi), "kl_before": KL(pi*, reference), "value_error", "seconds"}.
+    """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    steps = STEPS[model]
-    began, losses = (
-        time.time(),
-        dro.dro_v_losses if coefficient == "tau/2" else with_the_printed_coefficient,
-    )
-    c = train.resolve(Config(model=model, tau=tau, seed=seed, lr=LR[model], **SETTINGS))
-    world = train.make_world(c)
+    began, steps = time.time(), STEPS[model]
+    losses = dro.dro_v_losses if coefficient == "tau/2" else losses_as_printed
+    c = resolve(Config(model=model, tau=tau, seed=seed, lr=LR[model], **SETTINGS))
+    world = make_world(c)
     with contextlib.redirect_stdout(io.StringIO()):
-        reference = train.train_reference(c, world).eval()
-    state = train.new_state(c, world, reference)
+        reference = train_reference(c, world).eval()
+    state = new_state(c, world, reference)
 
-    responses = train.enumerate_tiny(world)
-    examples = train.with_responses(
-        world.train[:: len(world.train) // prompts][:prompts], [responses] * prompts
-    )
-    for e in examples:
-        e.rewards = train.rewarded(world, e.prompt, responses)
-    whole = data.make_batch(examples, world.enc.eot_token)
-    rewards = (whole.rewards - whole.rewards.mean()) / whole.rewards.std(
-        correction=0
-    )  # [prompts, 584]
+    # Every response to every prompt, with its reward, z-scored over them all.
+    responses = enumerate_responses(world)
+    examples = [
+        dataclasses.replace(
+            e, response_ids=responses, rewards=reward_list(world, e.prompt, responses)
+        )
+        for e in world.train[:: len(world.train) // prompts][:prompts]
+    ]
+    whole = make_batch(examples, world.enc.eot_token)
+    rewards = (whole.rewards - whole.rewards.mean()) / whole.rewards.std(correction=0)
 
     def score(model):
-        return torch.tensor(train.score_examples(c, world, model, examples))
+        return torch.tensor(score_lists(c, world, model, examples))  # [prompts, 584]
 
-    ref_logps, generator, rows = (
-        score(reference),
-        train.rng(seed, "exact"),
-        torch.arange(prompts)[:, None],
-    )
+    ref_logps, generator = score(reference), rng(seed, "exact")
+    rows = torch.arange(prompts)[:, None]
     mask = torch.ones(prompts, BATCH // prompts, dtype=torch.bool)
-    for step in range(steps):
+    prompt_ids, prompt_mask = whole.prompt_ids, whole.prompt_mask
+    for step in range(1, steps + 1):
         pick = rows, full_support(generator, prompts)
-        batch = data.Batch(
-            whole.prompt_ids,
-            whole.prompt_mask,
-            whole.response_ids[pick],
-            whole.response_mask[pick],
-            mask,
-            rewards[pick],
-        )
-        logps = models.response_logps(state.policy, batch, world.allowed)
-        values = train.batch_values(c, state, batch)[:, None].expand_as(logps)
-        policy_loss, value_loss = losses(
-            *(x.flatten() for x in (logps, ref_logps[pick], rewards[pick], values)), tau
-        )
-        norms = train.optimizer_step(
-            state.optimizer, policy_loss.mean() + value_loss.mean(), step, steps, c.clip
-        )
-        if not all(n < 1e6 for n in norms):
-            break  # diverged, or not a number
+        ids, response_mask = whole.response_ids[pick], whole.response_mask[pick]
+        batch = Batch(prompt_ids, prompt_mask, ids, response_mask, mask, rewards[pick])
+        logps = response_logps(state.policy, batch, world.allowed)
+        values = prompt_values(c, state.value, batch)[:, None].expand_as(logps)
+        flat = (x.flatten() for x in (logps, ref_logps[pick], rewards[pick], values))
+        policy_loss, value_loss = losses(*flat, tau)
+        loss = policy_loss.mean() + value_loss.mean()
+        try:
+            norms = update(state.optimizer, loss, step, steps, c.clip, "diverged")
+        except FloatingPointError:
+            break
+        if max(norms) > 1e6:
+            break  # diverged
 
     exact = ref_logps.double(), rewards.double(), tau
     optimum = dro.optimal_logps(*exact)
     with torch.no_grad():
-        learned = state.value(whole.prompt_ids, whole.prompt_mask).double()
+        learned = state.value(prompt_ids, prompt_mask).double()
     return {
         "kl": dro.kl_divergence(optimum, score(state.policy).double()).mean().item(),
         "kl_before": dro.kl_divergence(optimum, ref_logps.double()).mean().item(),
@@ -130,29 +127,30 @@ def run(model: str, prompts: int, tau: float, coefficient: str, seed: int = 0) -
 def table(results: list) -> str:
     """The table in Markdown."""
     lines = [
-        "| model | prompts | tau | coefficient | KL(pi*, reference) | KL(pi*, pi) | mean abs(V - V*) | seconds |",
+        "| model | prompts | tau | coefficient | KL(pi*, reference) | KL(pi*, pi) "
+        "| mean abs(V - V*) | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for model, prompts, tau, coefficient, m in results:
         lines.append(
-            f"| {model} | {prompts} | {tau:g} | {coefficient} | {m['kl_before']:.3f} | {m['kl']:.1e} | {m['value_error']:.4f} | {m['seconds']:.0f} |"
+            f"| {model} | {prompts} | {tau:g} | {coefficient} | {m['kl_before']:.3f} "
+            f"| {m['kl']:.1e} | {m['value_error']:.4f} | {m['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def main(quick: bool = False, jobs: int = 0) -> None:
+    """Run the cases, print the table and, where they are all, write it."""
     cases = [("gpt", 1, 1.0, "tau/2")] if quick else CASES
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs or os.cpu_count(), mp_context=multiprocessing.get_context("spawn")
-    ) as pool:
-        found = [pool.submit(run, *case) for case in cases]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs or os.cpu_count(), context) as pool:
+        futures = [pool.submit(run_case, *case) for case in cases]
         results = []
-        for case, future in zip(cases, found):
+        for case, future in zip(cases, futures):
             results.append([*case, future.result()])
             print(f"{len(results)}/{len(cases)} done", flush=True)
     if not quick:
-        Path("results").mkdir(exist_ok=True)
-        Path("results/exact.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_results("exact", "python -m experiments.exact", results)
     print(f"\n{table(results)}")
 
 
@@ -160,7 +158,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--jobs", type=int, default=0, help="cases at a time (default: one a core)")
+    parser.add_argument("--quick", action="store_true", help="one case alone")
+    parser.add_argument("--jobs", type=int, default=0, help="cases at a time (0: one a core)")
     args = parser.parse_args()
     main(args.quick, args.jobs)

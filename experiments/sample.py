@@ -13,57 +13,59 @@ from pathlib import Path
 import torch
 
 import data
-import train
+from data import DataError, Example, Task
+from harness.evaluation import side_by_side
+from harness.pool import World, rng, sample_lists
+from harness.reference import new_model
+from train import Config, ConfigError
 
 
 def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1.0) -> str:
-    """n answers of reference and policy each to a prompt, with rewards where the run's task can score them.
+    """n answers of reference and policy each to a prompt, with rewards where the task can score them.
 
-    Raises: ConfigError where `run` is not the folder of a run, or the prompt is empty or too long for its model.
+    Raises: ConfigError where `run` is not the folder of a run, or the prompt is empty or too long.
     """
     folder = Path(run)
     if not (folder / "checkpoint.pt").exists():
-        raise train.ConfigError(
+        raise ConfigError(
             f"{run}: no checkpoint.pt in it, expected the folder of a run, such as out/lire-dialogue-0"
         )
-    c = train.Config(**json.loads((folder / "config.json").read_text()))
+    c = Config(**json.loads((folder / "config.json").read_text()))
     c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
-    enc = (
-        data.encoding(data.load_ranks(folder / "tokenizer.txt"))
-        if c.tokenizer == "bpe"
-        else data.gpt2_encoding()
-    )
+    if c.tokenizer == "bpe":
+        enc = data.encoding(data.load_ranks(folder / "tokenizer.txt"))
+    else:
+        enc = data.gpt2_encoding()
     task = None if c.data else data.make_task(c.task, random.Random(c.seed))
     allowed = data.allowed_tokens(task, enc) if task else None
-    world = train.World(
+    world = World(
         enc=enc,
-        task=task if task and knows(task, prompt) else None,
+        task=task if task and can_score(task, prompt) else None,
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=min(c.max_response, task.max_response) if task else c.max_response,
     )
     ids = enc.encode_ordinary(prompt)
     if not ids or len(ids) > c.max_prompt:
-        raise train.ConfigError(f"--prompt has {len(ids)} tokens, expected 1 to {c.max_prompt}")
-    example = data.Example(prompt, ids, [], [])
-    lists = {}
+        raise ConfigError(f"--prompt has {len(ids)} tokens, expected 1 to {c.max_prompt}")
+    example, lists = Example(prompt, ids, [], []), {}
     for who, file in (("policy", "checkpoint.pt"), ("reference", "reference.pt")):
-        model = train.new_model(c, world).eval()
+        model = new_model(c, world).eval()
         try:
-            state = torch.load(folder / file, map_location=c.device, weights_only=True)
-            model.load_state_dict(state["policy"] if who == "policy" else state)
+            saved = torch.load(folder / file, map_location=c.device, weights_only=True)
+            model.load_state_dict(saved["policy"] if who == "policy" else saved)
         except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
-            raise train.ConfigError(
-                f"{folder / file} is damaged or of another version ({str(e).splitlines()[0][:80]})"
+            reason = str(e).splitlines()[0][:80]
+            raise ConfigError(
+                f"{folder / file} is damaged or of another version ({reason})"
             ) from None
-        lists[who] = train.sample_lists(
-            c, world, model, [example], n, train.rng(seed, "sample", device=c.device), temperature
-        )[0]
-    told = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
-    return told + train.side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, n)
+        generator = rng(seed, "sample", device=c.device)
+        lists[who] = sample_lists(c, world, model, [example], n, generator, temperature)[0]
+    note = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
+    return note + side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, n)
 
 
-def knows(task: data.Task, prompt: str) -> bool:
-    """Can the task score answers to this prompt?"""
+def can_score(task: Task, prompt: str) -> bool:
+    """Is this a prompt of the task?"""
     try:
         task.reward(prompt, "")
     except (AttributeError, KeyError, TypeError):
@@ -83,9 +85,9 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         if args.n < 1 or not args.temperature > 0:
-            raise train.ConfigError(
+            raise ConfigError(
                 f"-n {args.n} --temperature {args.temperature}: both must be positive"
             )
         print(answers(args.run, args.prompt, args.n, args.seed, args.temperature))
-    except (train.ConfigError, data.DataError) as e:
+    except (ConfigError, DataError) as e:
         sys.exit(f"sample: {e}")

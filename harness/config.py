@@ -1,0 +1,347 @@
+"""What can be set: the options of a run, what is refused, and the command line made of them."""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from objectives import NEEDS, OBJECTIVES
+from tasks import TASKS
+
+
+class ConfigError(ValueError):
+    """A setting is impossible; the message is one line for the person who set it."""
+
+
+def option(default: Any, text: str, choices: Collection = (), positive: bool = False) -> Any:
+    """A field of Config: its default, and what --help and the refusals say about it.
+
+    Args: default: None where it depends on other settings (`run_defaults`), `list` for a list;
+        choices: the values it may have, such as a table; positive: 0 is refused too.
+    """
+    how = {"default_factory": list} if default is list else {"default": default}
+    return field(metadata={"text": text, "choices": choices, "positive": positive}, **how)
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. Every field is an option: `sft_weight` is --sft-weight."""
+
+    objective: str = option("lire", "what is minimised; sft: just the reference", OBJECTIVES)
+    task: str = option("dialogue", "synthetic world", TASKS)
+    data: list[str] = option(list, "files of lists instead of a task (.jsonl, .jsonl.gz)")
+    eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
+    limit: int = option(0, "use the first so many lists of --data, 0 for all")
+    max_prompt: int = option(256, "tokens of a prompt, a longer one loses its beginning", (), True)
+    max_response: int = option(128, "tokens of a response, a longer one loses its end", (), True)
+    model: str = option("gpt", "of policy and reference", ("gpt", "t5"))
+    layers: int = option(2, "of the model; t5: of encoder and decoder each", (), True)
+    heads: int = option(4, "of each layer", (), True)
+    width: int = option(128, "of the model", (), True)
+    tokenizer: str = option("bpe", "bpe is trained on the run's own text", ("bpe", "gpt2"))
+    vocab_size: int | None = option(None, "tokens of bpe")
+    reference_steps: int | None = option(None, "SFT steps of the reference")
+    reference_lr: float | None = option(None, "its peak learning rate", (), True)
+    candidates: int | None = option(
+        None, "M: responses sampled a prompt; of a file's lists the first M", (), True
+    )
+    sample_temperature: float = option(1.0, "of the pools; evaluation samples at 1", (), True)
+    evolve: int | None = option(None, "rounds, each with a new pool; 0: the data's own lists")
+    iterate: int = option(1, "passes over the pool of a round", (), True)
+    temperature: float | None = option(None, "LIRE's T", (), True)
+    score: str | None = option(None, "of the token log-probs, what LIRE compares", ("sum", "mean"))
+    reward_norm: str | None = option(
+        None,
+        "softmax, zscore: within a list; global: z-scored over the first pool",
+        ("softmax", "zscore", "global", "none"),
+    )
+    sft_weight: float | None = option(None, "weight of the likelihood of the best candidate")
+    tau: float | None = option(None, "KL strength, in units of the normalised reward", (), True)
+    beta: float | None = option(None, "KL strength", (), True)
+    desirable: str | None = option(
+        None, "KTO: above the batch's mean, or above 0 (of thumbs)", ("mean", "positive")
+    )
+    value: str | None = option(None, "DRO's V: one a prompt or a batch", ("prompt", "batch"))
+    value_lr: float | None = option(None, "peak learning rate of V, default --lr", (), True)
+    share_networks: bool | None = option(None, "V is a head on the policy's own states")
+    shuffle_prompts: bool = option(False, "control: train every list under another prompt")
+    steps: int | None = option(None, "optimiser steps in all, over all rounds")
+    batch_size: int = option(16, "B, prompts a step", (), True)
+    lr: float | None = option(None, "peak learning rate; warm-up 3 %, then linear to 0", (), True)
+    clip: float = option(1.0, "gradient norm, of each network by itself", (), True)
+    eval_prompts: int | None = option(None, "prompts of each evaluation split", (), True)
+    eval_samples: int | None = option(None, "responses a prompt of each model", (), True)
+    eval_every: int = option(50, "steps between quick evaluations and checkpoints", (), True)
+    seed: int = option(0, "of everything random")
+    device: str = option("auto", "where it runs", ("auto", "cpu", "cuda"))
+    dtype: str = option("float32", "bfloat16: autocast", ("float32", "bfloat16"))
+    out: str = option("", "folder of the run, default out/<objective>-<data>-<seed>")
+    resume: str = option("", "go on with this run")
+
+
+ON_TASKS = {
+    "vocab_size": 512,
+    "reference_steps": 600,
+    "reference_lr": 4e-3,
+    "candidates": 8,
+    "steps": 400,
+    "eval_prompts": 64,
+    "eval_samples": 64,
+}
+ON_FILES = {**ON_TASKS, "vocab_size": 1024, "reference_steps": 300, "candidates": None, "evolve": 0}
+
+
+def run_defaults(config: Config) -> dict[str, Any]:
+    """The defaults that depend on objective and data, for options that are None."""
+    objective = OBJECTIVES[config.objective].run_defaults()
+    if config.data:
+        return objective | ON_FILES
+    return objective | ON_TASKS | TASKS[config.task].defaults
+
+
+def owners(name: str) -> list[str]:
+    """The objectives that read an option, where it is not one of every run."""
+    if name == "lr":
+        return []
+    return [objective for objective, row in OBJECTIVES.items() if name in row.defaults]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the defaults, and refuse impossible values.
+
+    Returns: a new Config. Raises: ConfigError.
+    """
+    _check_values(config)
+    row = OBJECTIVES[config.objective]
+    for f in dataclasses.fields(Config):
+        readers = owners(f.name)
+        if readers and config.objective not in readers and getattr(config, f.name) is not None:
+            raise ConfigError(
+                f"{flag(f.name)} is an option of {', '.join(readers)}: --objective "
+                f"{config.objective} does not read it"
+            )
+    defaults = run_defaults(config)
+    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    c = dataclasses.replace(config, **missing)
+
+    if c.reward_norm not in row.reward_norm:
+        raise ConfigError(
+            f"--reward-norm {c.reward_norm}: --objective {c.objective} takes "
+            f"{' or '.join(row.reward_norm)}"
+        )
+    if c.width % c.heads:
+        raise ConfigError(f"--width {c.width} is not a multiple of --heads {c.heads}")
+    if c.vocab_size < 257:
+        raise ConfigError(
+            f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
+        )
+    if c.data and c.evolve:
+        raise ConfigError(
+            f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: "
+            "leave it at 0"
+        )
+    if c.eval_data and not c.data:
+        raise ConfigError("--eval-data goes with --data")
+    if "batch" in row.needs and c.batch_size < 2:
+        raise ConfigError(
+            f"--objective {c.objective} {NEEDS['batch']}: --batch-size must be at least 2, got 1"
+        )
+    if compares_lists(c) and c.candidates is not None and c.candidates < 2:
+        raise ConfigError(
+            f"--objective {c.objective} {compares_lists(c)}: --candidates must be at least 2, got "
+            f"{c.candidates}"
+        )
+    if c.desirable == "positive" and c.reward_norm == "global":
+        raise ConfigError(
+            "--desirable positive is about the rewards as they are: leave --reward-norm global away"
+        )
+    if c.share_networks and c.value_lr is not None:
+        raise ConfigError(
+            "--value-lr is of a value network of its own: leave it or --share-networks away"
+        )
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch sees no CUDA GPU")
+
+    device = c.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dataclasses.replace(c, device=device, out=c.out or c.resume or _free_folder(c))
+
+
+def _check_values(config: Config) -> None:
+    """Each option by itself: among its choices, finite, and not below 0."""
+    for f in dataclasses.fields(Config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ConfigError(f"{flag(f.name)} {value!r}: choose from {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag(f.name)} must be finite, got {value}")
+        if f.metadata["positive"] and not value > 0:
+            raise ConfigError(f"{flag(f.name)} must be positive, got {value}")
+        if isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(f"{flag(f.name)} must not be negative, got {value}")
+
+
+def compares_lists(c: Config) -> str:
+    """Why the objective can't learn from single responses; empty where it can."""
+    needs = OBJECTIVES[c.objective].needs
+    return next((NEEDS[need] for need in ("lists", "pairs") if need in needs), "")
+
+
+def with_settings_of_the_data(c: Config, rewards: list[float]) -> Config:
+    """The Config with what the training rewards decide. Raises: ConfigError where they teach nothing."""
+    objective = OBJECTIVES[c.objective]
+    if objective.loss is None:
+        return c
+    try:
+        return dataclasses.replace(c, **objective.prepare(c, rewards))
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def _free_folder(c: Config) -> str:
+    """out/<objective>-<data>-<seed>, or the same with -2 and so on where that holds a run already."""
+    data = Path(c.data[0]).name.split(".")[0] if c.data else c.task
+    name = f"{c.objective}-{data}-{c.seed}"
+    folders = (Path("out") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
+    return str(next(folder for folder in folders if not (folder / "config.json").exists()))
+
+
+# ------------------------------------------------------------------------------- what a run reads
+
+
+def settings_read(c: Config) -> dict[str, Any]:
+    """The settings that this run reads, of a Config that `resolve` has filled in."""
+    unread = {"eval_samples", "task"} if c.data else {"data", "eval_data", "limit"}
+    unread |= {
+        f.name for f in dataclasses.fields(c) if c.objective not in (owners(f.name) or OBJECTIVES)
+    }
+    if not c.evolve:
+        unread.add("sample_temperature")
+    if c.tokenizer != "bpe":
+        unread.add("vocab_size")
+    if OBJECTIVES[c.objective].loss is None:
+        unread |= set("candidates evolve iterate reward_norm shuffle_prompts steps lr clip".split())
+        unread |= {"sample_temperature", "eval_every"}
+    return {k: v for k, v in vars(c).items() if k not in unread and v not in ("", [], None)}
+
+
+def run_settings(c: Config) -> dict[str, Any]:
+    """The config without the two folders, which may move."""
+    return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
+
+
+def difference(there: dict, here: dict) -> str:
+    """What differs between two flat dicts, in words; empty where nothing does."""
+    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    return ", ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names)
+
+
+def read_json(path: str | Path) -> dict | None:
+    """The object in a JSON file; None where there is none, or where it is damaged."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def command_line(argv: list[str] | None = None, description: str = "") -> Config:
+    """Config from the options; --resume takes the settings of its run.
+
+    Raises: ConfigError, also where an option says otherwise than the run that is resumed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists the options")
+    for f in dataclasses.fields(Config):
+        parser.add_argument(flag(f.name), help=_help(f).replace("%", "%%"), **_argument(f))
+    given = vars(parser.parse_args(argv))
+    if "data" in given and "task" in given:
+        raise ConfigError("--task makes the data and --data reads them: give one of the two")
+    return _resumed(given) if "resume" in given else Config(**given)
+
+
+def _argument(f: dataclasses.Field) -> dict[str, Any]:
+    """What argparse has to know of a field."""
+    kind = f.type
+    if isinstance(kind, types.UnionType):  # float | None
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is list:
+        return {"nargs": "+", "action": "extend", "type": str}
+    return {"type": kind}
+
+
+def _help(f: dataclasses.Field) -> str:
+    """The text of a field, its choices and its default: one for all, or each with who has it."""
+    text, choices = f.metadata["text"], f.metadata["choices"]
+    if choices:
+        text += f": {', '.join(choices)}"
+    if f.default not in (MISSING, None, ""):
+        return f"{text} (default {f.default})"
+    sources = {"": ON_TASKS, "files": {k: v for k, v in ON_FILES.items() if ON_TASKS.get(k) != v}}
+    sources |= {name: row.defaults for name, row in TASKS.items()}
+    sources |= {name: row.run_defaults() for name, row in OBJECTIVES.items()}
+    values = {}  # default -> who has it
+    for source, defaults in sources.items():
+        if defaults.get(f.name) is not None:
+            values.setdefault(str(defaults[f.name]), []).append(source)
+    if not values:
+        return text
+    shown = [f"{value} {', '.join(names)}".strip() for value, names in values.items()]
+    return f"{text} (default {'; '.join(shown)})"
+
+
+def _resumed(given: dict[str, Any]) -> Config:
+    """The Config of the run that is resumed."""
+    run = given.pop("resume")
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise ConfigError(
+            f"--resume {run}: no config.json in it, expected the folder of a run, such as "
+            "out/lire-dialogue-0"
+        )
+    if not (saved := read_json(path)):
+        raise ConfigError(
+            f"--resume {run}: {path} is damaged, expected the settings of the run as JSON"
+        )
+    if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
+        raise ConfigError(
+            f"--resume {run}: its config.json is of another version (it has "
+            f"{', '.join(sorted(unknown))})"
+        )
+    if given.get("device") == "auto":
+        del given["device"]  # the run has chosen one
+    if "out" in given:
+        raise ConfigError("--resume goes on in the folder of its run: leave --out away")
+    if changed := difference({name: saved.get(name) for name in given}, given):
+        raise ConfigError(
+            f"--resume {run}: that run has another config ({changed}); leave these options out, or "
+            "start a new run"
+        )
+    return Config(**(saved | {"resume": run, "out": run}))

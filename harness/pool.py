@@ -1,0 +1,226 @@
+"""What a run learns on: prompts, tokenizer and reward; lists of responses sampled and scored."""
+
+import dataclasses
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+from torch import Tensor, nn
+
+import data
+import model as models
+from data import DataError, Example, Task
+from harness.config import Config, ConfigError, compares_lists
+
+
+@dataclass
+class World:
+    """What a run works on: tokens, the reference's lists, evaluation prompts, and a task or none."""
+
+    enc: tiktoken.Encoding
+    task: Task | None
+    allowed: Tensor | None  # [max_response, V] bool, where a task allows some tokens only
+    max_response: int
+    ranks: dict | None = None  # of enc; None for gpt2
+    logged: list[Example] = ()  # the reference is trained on; with --evolve 0 also the pool
+    heldout: list[Example] = ()  # held-out lists of a file, or prompts of a task
+    ood: list[Example] = ()  # prompts about subjects never trained on
+    train: list[Example] = ()  # training prompts of a task
+    fingerprint: str = ""  # sha256 over all texts and rewards
+
+
+def make_world(c: Config) -> World:
+    """Task or files, tokenizer, tokenised lists. Writes nothing, so bad data leave nothing behind.
+
+    Raises: DataError, ConfigError.
+    """
+    if c.data:
+        task, (records, heldout) = None, load_files(c)
+    else:
+        task = data.make_task(c.task, random.Random(c.seed))
+        records, heldout = task.logged, []
+
+    # The tokenizer: tiktoken's own, the task's words, or a BPE trained on the run's own text.
+    ranks = None
+    if c.tokenizer == "gpt2":
+        enc = data.gpt2_encoding()
+        if task and task.words:
+            raise ConfigError(
+                f"--task {c.task} has its own fixed vocabulary: leave --tokenizer at bpe"
+            )
+    elif task and task.vocabulary:
+        ranks = data.word_ranks(task.vocabulary)
+    else:
+        texts = (t for r in records for t in [r["prompt"], *(" " + y for y in r["responses"])])
+        ranks = data.train_bpe(texts, c.vocab_size)
+    enc = data.encoding(ranks) if ranks else enc
+    if task and task.words and c.max_response < task.max_response:
+        raise ConfigError(
+            f"--task {c.task} needs --max-response {task.max_response}, got {c.max_response}"
+        )
+
+    def tokens(records, say=lambda line: None):
+        return data.tokenize(records, enc, c.max_prompt, c.max_response, say)
+
+    def prompts(split):
+        return tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
+
+    allowed = data.allowed_tokens(task, enc) if task else None
+    return World(
+        enc=enc,
+        ranks=ranks,
+        task=task,
+        logged=tokens(records) if task else tokens(records, print),
+        heldout=prompts("heldout") if task else tokens(heldout),
+        ood=prompts("ood") if task else [],
+        train=prompts("train") if task else [],
+        allowed=None if allowed is None else allowed.to(c.device),
+        max_response=min(c.max_response, task.max_response) if task else c.max_response,
+        fingerprint=hashlib.sha256(json.dumps([records, heldout]).encode()).hexdigest(),
+    )
+
+
+def load_files(c: Config) -> tuple[list[dict], list[dict]]:
+    """Training and held-out Records of --data and --eval-data, no prompt on both sides.
+
+    Raises: DataError; ConfigError where the objective can't learn from them.
+    """
+    records = data.load(c.data, c.limit)
+    if c.eval_data:
+        heldout = data.load(c.eval_data)
+    else:
+        records, heldout = data.split(records)
+    held = {r["prompt"] for r in heldout}
+    if leaked := sum(r["prompt"] in held for r in records):
+        records = [r for r in records if r["prompt"] not in held]
+        print(f"{leaked} lists with a held-out prompt are left out of the training lists")
+    if not records or not heldout:
+        raise DataError(
+            f"{', '.join(c.data)}: {len(records)} lists to train on and {len(heldout)} held out, "
+            "expected some of both: give more lists, or held-out ones with --eval-data"
+        )
+    if reason := compares_lists(c):
+        if all(len(r["responses"]) < 2 for r in records):
+            raise ConfigError(
+                f"--objective {c.objective} {reason}, and every list here has a single response: it "
+                "can't learn (--objective dro and kto can)"
+            )
+        if all(len(set(r["rewards"][: c.candidates])) < 2 for r in records):
+            raise ConfigError(
+                "no list has two responses of unlike reward: there is nothing to compare, and "
+                "nothing to learn"
+            )
+    return records, heldout
+
+
+# ------------------------------------------------------------------------------ lists of responses
+
+
+def rng(seed: int, *names, device: str = "cpu") -> torch.Generator:
+    """A generator for one purpose: it depends on the seed and the names alone, so none need be saved."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def precision(c: Config) -> torch.autocast:
+    """Autocast to bfloat16 where asked: the same for policy and reference, so that they agree at step 0."""
+    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
+
+
+def with_responses(examples: list[Example], lists: list) -> list[Example]:
+    """The prompts of `examples` with other responses, as token ids, not rewarded and not scored yet."""
+    return [
+        dataclasses.replace(e, response_ids=ids, rewards=[0.0] * len(ids), ref_logps=None)
+        for e, ids in zip(examples, lists)
+    ]
+
+
+def prompt_batch(c: Config, world: World, examples: list[Example]) -> data.Batch:
+    """A batch of the prompts alone; its one response of one token means nothing."""
+    prompts = with_responses(examples, [[[0]]] * len(examples))
+    return data.make_batch(prompts, world.enc.eot_token, c.device)
+
+
+def sample_lists(
+    c: Config,
+    world: World,
+    model: nn.Module,
+    examples: list[Example],
+    M: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> list[list[list[int]]]:
+    """M sampled responses for the prompt of every example, as token ids: [[ids, ...], ...]."""
+    lists, size = [], max(1, 512 // M)
+    for start in range(0, len(examples), size):
+        batch = prompt_batch(c, world, examples[start : start + size])
+        prompts = batch.prompt_ids, batch.prompt_mask
+        longest, allowed = world.max_response, world.allowed
+        with precision(c):
+            ids, mask = models.sample(
+                model, *prompts, M, longest, generator, temperature, allowed=allowed
+            )
+        for row, lengths in zip(ids.tolist(), mask.sum(-1).tolist()):
+            lists.append([response[:length] for response, length in zip(row, lengths)])
+    return lists
+
+
+@torch.no_grad()
+def score_lists(
+    c: Config, world: World, model: nn.Module, examples: list[Example]
+) -> list[list[float]]:
+    """log pi of every response of every example; prompts of like length share a batch."""
+    logps = [[]] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    # Few prompts at a time, so that their logits stay in the processor's cache; more on a GPU.
+    M = max((len(e.response_ids) for e in examples), default=1)
+    room = 3e6 if c.device == "cpu" else 1e8
+    size = max(1, int(room / (M * world.max_response * world.enc.n_vocab)))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        batch = data.make_batch([examples[i] for i in rows], world.enc.eot_token, c.device)
+        with precision(c):
+            scores = models.response_logps(model, batch, world.allowed).tolist()
+        for i, row in zip(rows, scores):
+            logps[i] = row[: len(examples[i].response_ids)]
+    return logps
+
+
+def decode(world: World, ids: list[int]) -> str:
+    """The text of response ids, without EOS."""
+    return world.enc.decode([i for i in ids if i != world.enc.eot_token])
+
+
+def reward_list(world: World, prompt: str, responses: list[list[int]]) -> list[float]:
+    """The task's reward of every response to a prompt."""
+    return [world.task.reward(prompt, decode(world, ids)) for ids in responses]
+
+
+@dataclass
+class Pool:
+    """The lists of a round, visited pass after pass, each pass in a random order of its own."""
+
+    examples: list[Example]
+    round_index: int
+    batch_size: int
+    seed: int
+    pass_index: int = -1  # the pass that `order` belongs to
+    order: list[list[int]] = ()
+
+    def batch(self, n: int) -> list[Example]:
+        """The n-th batch of the round; it depends on seed, round and n alone."""
+        per_pass = -(-len(self.examples) // self.batch_size)
+        if n // per_pass != self.pass_index:
+            self.pass_index = n // per_pass
+            generator = rng(self.seed, "order", self.round_index, self.pass_index)
+            self.order = data.batch_order(self.examples, self.batch_size, generator)
+        return [self.examples[i] for i in self.order[n % per_pass]]
+
+
+def normalise(rewards, scale: tuple[float, float] | None):
+    """Rewards minus a mean, over a deviation; as they are where there is no scale."""
+    mean, deviation = scale or (0.0, 1.0)
+    return (rewards - mean) / deviation

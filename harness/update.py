@@ -1,0 +1,104 @@
+"""One step of learning: what the objective sees of a batch, the update, and what is logged of it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from harness.config import Config
+from harness.pool import World
+from model import ValueNetwork, response_logps
+from objectives import OBJECTIVES, Inputs, Losses, common_metrics, total
+
+
+def lr_at(step: int, steps: int, peak: float) -> float:
+    """Warm-up over the first 3 % of the steps, then a straight line to 0; the first step is 0."""
+    warm = max(1, round(0.03 * steps))
+    return peak * min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    step: int,
+    steps: int,
+    clip: float,
+    advice: str,
+) -> list[float]:
+    """Backward; clip every parameter group (a network each) by itself; one step at the group's own rate.
+
+    Args: step: the first is 1; advice: ends the message where training goes wrong.
+    Returns: the groups' gradient norms before clipping.
+    Raises: FloatingPointError where one is not finite; nothing is changed then.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    groups = optimizer.param_groups
+    norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
+    if not all(map(math.isfinite, norms)):
+        raise FloatingPointError(
+            f"step {step}: loss is {loss.item()}, gradient norm {norms[0]}; {advice}"
+        )
+    for group in groups:
+        group["lr"] = lr_at(step - 1, steps, group["peak"])
+    optimizer.step()
+    return norms
+
+
+def objective_inputs(
+    c: Config, world: World, state: Any, reference: nn.Module, batch: Batch, logps: Tensor
+) -> Inputs:
+    """x of a batch and its log-probs [B, M]: with V(x) and mismatched pairs where they are needed."""
+    values = prompt_values(c, state.value, batch) if state.value else None  # [B]
+    mismatched = None
+    if "mismatched" in OBJECTIVES[c.objective].needs:
+        mismatched = mismatched_logps(world, state.policy, reference, batch)
+    mask, lengths = batch.candidate_mask, batch.response_mask.sum(-1)
+    return Inputs(logps, batch.ref_logps, batch.rewards, mask, lengths, values, mismatched)
+
+
+def prompt_values(c: Config, value: ValueNetwork, batch: Batch) -> Tensor:
+    """V(x) [B] of a batch's prompts; with --value batch their mean, for all of them alike."""
+    values = value(batch.prompt_ids, batch.prompt_mask)
+    return values.mean().expand_as(values) if c.value == "batch" else values
+
+
+@torch.no_grad()
+def mismatched_logps(
+    world: World, policy: nn.Module, reference: nn.Module, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """KTO's mismatched pairs, prompt i with the first candidate of prompt i + 1.
+
+    Returns: log-probs of policy and reference, [K] each, K = B less the pairs of two equal prompts.
+    """
+    unlike = (batch.prompt_ids != batch.prompt_ids.roll(-1, 0)).any(-1)  # [B]
+    others = dataclasses.replace(
+        batch,
+        response_ids=batch.response_ids[:, :1].roll(-1, 0),
+        response_mask=batch.response_mask[:, :1].roll(-1, 0),
+    )
+    models = (policy, reference)
+    return tuple(response_logps(model, others, world.allowed)[unlike, 0] for model in models)
+
+
+@torch.no_grad()
+def step_metrics(
+    c: Config, state: Any, x: Inputs, losses: Losses, grad_norms: list[float]
+) -> dict[str, float | None]:
+    """A row of log.jsonl; docs/metrics.md explains each of its names."""
+    row = {"step": state.step, "evolve": state.round_index, "loss": total(losses).item()}
+    row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "grad_norm": grad_norms[0]}
+    if len(grad_norms) > 1:
+        row["value/grad_norm"] = grad_norms[1]
+    own = OBJECTIVES[c.objective].metrics(c, x)
+    tensors = {**losses, **common_metrics(c, x), **own}
+    return row | finite({name: values.mean().item() for name, values in tensors.items()})
+
+
+def finite(metrics: dict) -> dict:
+    """nan and inf become None: log.jsonl and metrics.json are plain JSON."""
+    unknown = [k for k, v in metrics.items() if isinstance(v, float) and not math.isfinite(v)]
+    return metrics | dict.fromkeys(unknown)

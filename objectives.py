@@ -1,0 +1,356 @@
+"""What is minimised: one short function and one row of OBJECTIVES for each --objective.
+
+The function takes the run's Config, of which it reads its own options, and Inputs of a batch; it
+gives named losses, unreduced, whose means are added up. The formulas are in lire.py, dro.py and
+baselines.py. The row says what the objective reads and needs; nobody else asks which one is running.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import baselines
+import dro
+import lire
+
+
+class Inputs(NamedTuple):
+    """What an objective sees of a batch: B lists of M candidates."""
+
+    logps: Tensor  # [B, M] log pi(y|x), a sum over tokens, with gradient
+    ref_logps: Tensor | None  # [B, M] the same under the reference
+    rewards: Tensor  # [B, M]
+    mask: Tensor  # [B, M] bool, True where a candidate is real
+    lengths: Tensor  # [B, M] tokens, EOS included
+    values: Tensor | None = None  # [B] V(x), with gradient
+    mismatched: tuple[Tensor, Tensor] | None = None  # [K] each: log-probs of policy and reference
+
+
+Losses = dict[str, Tensor]
+
+# ----------------------------------------------------------------------------------- LIRE and DRO
+
+
+def lire_scores(c: Any, x: Inputs) -> Tensor:
+    """What LIRE's softmax compares [B, M]: log-probs, or their means per token."""
+    return x.logps / x.lengths.clamp_min(1) if c.score == "mean" else x.logps
+
+
+def lire_objective(c: Any, x: Inputs) -> Losses:
+    """The list's expected reward, negated (Eq. 5), and the likelihood of its best response."""
+    how = "none" if c.reward_norm == "global" else c.reward_norm
+    rewards = lire.transform_rewards(x.rewards, x.mask, how)
+    loss = lire.lire_loss(lire_scores(c, x), rewards, x.mask, c.temperature)
+    return {"loss": loss + sft_term(c, x)}
+
+
+def dro_objective(c: Any, x: Inputs) -> Losses:
+    """DRO-V (Algorithm 1): every response counts once, and has its prompt's value."""
+    values = x.values[:, None].expand_as(x.mask)[x.mask]  # [N]
+    logps, ref_logps, rewards = x.logps[x.mask], x.ref_logps[x.mask], x.rewards[x.mask]
+    policy, value = dro.dro_v_losses(logps, ref_logps, rewards, values, c.tau)
+    return {"loss/policy": policy, "loss/value": value}
+
+
+def dro_p_objective(c: Any, x: Inputs) -> Losses:
+    """DRO-P (Appendix B): the batch's mean in the value's place."""
+    logps, ref_logps, rewards = x.logps[x.mask], x.ref_logps[x.mask], x.rewards[x.mask]
+    return {"loss": dro.dro_p_loss(logps, ref_logps, rewards, c.tau)}
+
+
+# --------------------------------------------------------------------------------------- baselines
+
+
+def dpo_objective(c: Any, x: Inputs) -> Losses:
+    """DPO on the best and the worst response of each list."""
+    chosen, rejected = best_and_worst(x)
+    logps = x.logps[chosen], x.logps[rejected], x.ref_logps[chosen], x.ref_logps[rejected]
+    return {"loss": mean_over_pairs(baselines.dpo_loss(*logps, c.beta))}
+
+
+def ipo_objective(c: Any, x: Inputs) -> Losses:
+    """IPO on the best and the worst response of each list."""
+    chosen, rejected = best_and_worst(x)
+    logps = x.logps[chosen], x.logps[rejected], x.ref_logps[chosen], x.ref_logps[rejected]
+    return {"loss": mean_over_pairs(baselines.ipo_loss(*logps, c.beta))}
+
+
+def slic_objective(c: Any, x: Inputs) -> Losses:
+    """SLiC's hinge on the best and the worst response, and the likelihood of the best."""
+    chosen, rejected = best_and_worst(x)
+    loss = mean_over_pairs(baselines.slic_loss(x.logps[chosen], x.logps[rejected]))
+    return {"loss/rank": loss, "loss/sft": sft_term(c, x)} if c.sft_weight else {"loss": loss}
+
+
+def pl_dpo_objective(c: Any, x: Inputs) -> Losses:
+    """DPO for a ranking; equal rewards have no order, so a list of them alone teaches nothing."""
+    loss = baselines.plackett_luce_loss(x.logps, x.ref_logps, x.rewards, x.mask, c.beta)
+    return {"loss": unlike(x) * loss}
+
+
+def rrhf_objective(c: Any, x: Inputs) -> Losses:
+    """RRHF's ranking of mean log-probs, and the likelihood of the best response."""
+    return {"loss": baselines.rrhf_loss(x.logps, x.lengths, x.rewards, x.mask) + sft_term(c, x)}
+
+
+def pro_objective(c: Any, x: Inputs) -> Losses:
+    """PRO's ranking, and the likelihood of the best response times (M - 1)^2, as in its paper."""
+    loss = baselines.pro_loss(x.logps, x.lengths, x.rewards, x.mask)
+    return {"loss": loss + (x.mask.sum(-1) - 1) ** 2 * sft_term(c, x)}
+
+
+def kto_objective(c: Any, x: Inputs) -> Losses:
+    """KTO: desirable is what earns more than the batch's mean, or of thumbs what is up."""
+    rewards = x.rewards[x.mask].double()
+    if c.desirable == "positive":
+        desirable, teaches = rewards > 0, True
+    else:  # where all earn the same, nobody is above the mean or below it
+        desirable, teaches = rewards > rewards.mean(), rewards.max() > rewards.min()
+    logps, ref_logps = x.logps[x.mask], x.ref_logps[x.mask]
+    return {
+        "loss": baselines.kto_loss(logps, ref_logps, desirable, *x.mismatched, c.beta) * teaches
+    }
+
+
+# --------------------------------------------------------------------------------- what they share
+
+
+def sft_term(c: Any, x: Inputs) -> Tensor | float:
+    """--sft-weight times the mean negative log-likelihood per token of the best response [B]."""
+    if not c.sft_weight:
+        return 0.0
+    return c.sft_weight * lire.sft_loss(x.logps, x.lengths, x.rewards, x.mask)
+
+
+def unlike(x: Inputs) -> Tensor:
+    """[B] bool: does a list hold two different rewards?"""
+    best = x.rewards.masked_fill(~x.mask, -torch.inf).amax(-1)
+    return best > x.rewards.masked_fill(~x.mask, torch.inf).amin(-1)
+
+
+def best_and_worst(x: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Indices into [B, M] of the best and the worst candidate of each list; lists of ties are left out."""
+    rows = unlike(x).nonzero()[:, 0]
+    best = x.rewards.masked_fill(~x.mask, -torch.inf).argmax(-1)
+    worst = x.rewards.masked_fill(~x.mask, torch.inf).argmin(-1)
+    return (rows, best[rows]), (rows, worst[rows])
+
+
+def mean_over_pairs(losses: Tensor) -> Tensor:
+    """The mean of [N] losses; 0, with a gradient of 0, where a batch of ties has no pair."""
+    return losses.sum() / max(len(losses), 1)
+
+
+def total(losses: Losses) -> Tensor:
+    """The number to minimise: the means of the parts, added up."""
+    return sum(part.mean() for part in losses.values())
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def unlike_rewards(c: Any, rewards: list[float]) -> dict:
+    """Refuse rewards that are all the same. Raises: ValueError. Returns: no settings."""
+    if max(rewards) == min(rewards):
+        raise ValueError(f"every reward is {rewards[0]}: there is nothing to learn")
+    return {}
+
+
+def thumbs(c: Any, rewards: list[float]) -> dict:
+    """KTO: rewards that are all 1 or -1 are thumbs, and say themselves what is desirable.
+
+    Returns: --desirable, where it was not given. Raises: ValueError where one kind is missing.
+    """
+    desirable = c.desirable
+    if desirable is None:
+        desirable = "positive" if set(rewards) <= {1.0, -1.0} else "mean"
+    if desirable == "mean":
+        unlike_rewards(c, rewards)
+    elif (up := sum(reward > 0 for reward in rewards)) in (0, len(rewards)):
+        raise ValueError(
+            f"--objective {c.objective} needs desirable and undesirable responses, and none of these "
+            f"{len(rewards)} is {'undesirable' if up else 'desirable'}"
+        )
+    return {"desirable": desirable}
+
+
+def log_ratios(c: Any, x: Inputs) -> Tensor:
+    """[B, M] log pi / pi_ref times the objective's strength: the reward that the policy implies."""
+    strength = OBJECTIVES[c.objective].strength
+    return (getattr(c, strength) if strength else 1.0) * (x.logps - x.ref_logps)
+
+
+def common_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
+    """What every objective logs of a step, in TRL's names: chosen is the best candidate of a list."""
+    if x.mask.sum(-1).max() < 2:
+        return {}  # a single response is no comparison
+    best, worst = best_and_worst(x)
+    implied = log_ratios(c, x)
+    chosen, rejected = implied[best], implied[worst]
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": x.logps[best],
+        "logps/rejected": x.logps[worst],
+    }
+
+
+def lire_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
+    """The listwise softmax: what it expects to earn, and how far it has saturated."""
+    P = lire.candidate_probs(lire_scores(c, x), x.mask, c.temperature)
+    largest = P.max(-1).values
+    return {
+        "rewards/expected": (P * x.rewards).sum(-1),
+        "candidates/entropy": -torch.where(P > 0, P * P.clamp_min(1e-30).log(), 0.0).sum(-1),
+        "candidates/max_prob": largest,
+        "candidates/collapsed": ((largest > 0.99) & (x.mask.sum(-1) > 1)).float(),
+    }
+
+
+def lire_warning(metrics: dict) -> str | None:
+    """What to say aloud where nearly every list has saturated: such lists teach nothing."""
+    share = metrics.get("candidates/collapsed") or 0.0
+    if share <= 0.9:
+        return None
+    return (
+        "the listwise softmax has collapsed: one candidate holds over 99 % in "
+        f"{share:.0%} of the lists; try a higher --temperature or --score mean"
+    )
+
+
+def implied_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
+    """The implied reward of all responses, and its correlation with their rewards."""
+    implied, rewards = log_ratios(c, x)[x.mask], x.rewards[x.mask]
+    return {"rewards/implied": implied, "rewards/correlation": correlation(implied, rewards)}
+
+
+def dro_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
+    """The residual r - V - tau log-ratio that DRO makes small, and how much of it V explains."""
+    targets = dro_residual(c, x.rewards, x.logps - x.ref_logps)[x.mask]
+    values = x.values[:, None].expand_as(x.mask)[x.mask]
+    unexplained = (targets - values).var(correction=0) / targets.var(correction=0)
+    return {
+        **implied_metrics(c, x),
+        "value/mean": values,
+        "value/explained_variance": 1 - unexplained,
+        "residual/rms": (targets - values).square().mean().sqrt(),
+    }
+
+
+def dro_residual(c: Any, rewards: Tensor, ratios: Tensor) -> Tensor:
+    """r - tau log pi/pi_ref, which at the optimum is V*(x) for every response of a prompt."""
+    return rewards - c.tau * ratios
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's, of two [N] tensors; nan where one is constant."""
+    first, second = (values.double() - values.double().mean() for values in (first, second))
+    return (first @ second) / (first.norm() * second.norm())
+
+
+class Objective(NamedTuple):
+    """A row: all that the rest of the program has to know of an objective."""
+
+    loss: Callable[[Any, Inputs], Losses] | None  # None: the reference is all there is to train
+    defaults: dict[str, Any]  # of the options that it reads; those of other objectives are refused
+    needs: set[str] = set()  # of NEEDS
+    reward_norm: tuple[str, ...] = ("none", "global")  # those that it takes, its default first
+    strength: str | None = None  # the option that scales its log-ratio in the log
+    evolve: int = 5  # rounds, on a task
+    prepare: Callable[[Any, list[float]], dict] = (
+        unlike_rewards  # what the rewards decide or forbid
+    )
+    metrics: Callable[[Any, Inputs], dict[str, Tensor]] = implied_metrics  # of its own, of a step
+    warning: Callable[[dict], str | None] = lambda metrics: None  # said aloud when it is evaluated
+    residual: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # constant in a prompt at pi*
+
+    def run_defaults(self) -> dict[str, Any]:
+        """Defaults of a run with this objective."""
+        return {"reward_norm": self.reward_norm[0], "evolve": self.evolve, **self.defaults}
+
+
+NEEDS = {
+    "lists": "compares the candidates of a list",
+    "pairs": "compares the best and the worst candidate of a list",
+    "batch": "compares the responses of a batch",
+    "reference": "reads the reference's log-probs",
+    "values": "trains a value network",
+    "mismatched": "scores prompts with the responses of others",
+}
+
+# Learning rates and strengths: most reward on training prompts in results/grid.json.
+OBJECTIVES = {
+    "lire": Objective(
+        lire_objective,
+        {"lr": 1e-3, "temperature": 4.0, "score": "sum", "sft_weight": 0.1},
+        {"lists"},
+        reward_norm=("softmax", "zscore", "global", "none"),
+        metrics=lire_metrics,
+        warning=lire_warning,
+    ),
+    "dro": Objective(
+        dro_objective,
+        {"lr": 1e-3, "tau": 0.1, "value": "prompt", "value_lr": None, "share_networks": False},
+        {"reference", "values"},
+        reward_norm=("global", "none"),
+        strength="tau",
+        metrics=dro_metrics,
+        residual=dro_residual,
+    ),
+    "dro-p": Objective(
+        dro_p_objective,
+        {"lr": 1e-3, "tau": 0.1},
+        {"reference", "batch"},
+        reward_norm=("global", "none"),
+        strength="tau",
+        residual=dro_residual,
+    ),
+    "dpo": Objective(
+        dpo_objective, {"lr": 2e-4, "beta": 0.03}, {"pairs", "reference"}, strength="beta"
+    ),
+    "ipo": Objective(
+        ipo_objective, {"lr": 1e-3, "beta": 0.03}, {"pairs", "reference"}, strength="beta"
+    ),
+    "pl-dpo": Objective(
+        pl_dpo_objective, {"lr": 1e-3, "beta": 0.3}, {"lists", "reference"}, strength="beta"
+    ),
+    "kto": Objective(
+        kto_objective,
+        {"lr": 1e-3, "beta": 1.0, "desirable": None},
+        {"reference", "mismatched", "batch"},
+        strength="beta",
+        prepare=thumbs,
+    ),
+    "rrhf": Objective(rrhf_objective, {"lr": 1e-3, "sft_weight": 30.0}, {"lists"}),
+    "slic": Objective(slic_objective, {"lr": 1e-3, "sft_weight": 3.0}, {"pairs"}),
+    "pro": Objective(
+        pro_objective, {"lr": 1e-3, "sft_weight": 0.15}, {"lists"}, reward_norm=("global", "none")
+    ),
+    "sft": Objective(None, {"lr": 5e-4}),
+}
+
+
+def try_objective(c: Any) -> None:
+    """Run the objective once on made-up numbers, so that a slip in a new one shows in the first second.
+
+    It is given what its row says it needs, and nothing else.
+    """
+    objective = OBJECTIVES[c.objective]
+    if objective.loss is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    rewards, logps, ref_logps = torch.rand(3, 2, 3, generator=generator)  # [B, M] each
+    x = Inputs(
+        logps.requires_grad_(),
+        ref_logps if "reference" in objective.needs else None,
+        rewards,
+        mask=torch.tensor([[True, True, True], [True, True, False]]),
+        lengths=torch.tensor([[4, 4, 4], [4, 4, 0]]),
+        values=rewards[:, 0] if "values" in objective.needs else None,
+        mismatched=(rewards[:, 1], rewards[:, 2]) if "mismatched" in objective.needs else None,
+    )
+    total(objective.loss(c, x)).backward()
