@@ -9,11 +9,10 @@ made, THE LOOP, and main(config) -> metrics. The machinery around it is in harne
 """
 
 import bisect
-import dataclasses
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -33,13 +32,19 @@ from harness.figures import draw
 from harness.pool import (
     Pool,
     World,
+    comparable,
+    describe_pool,
     make_world,
+    mean_and_deviation,
     normalise,
+    own_lists,
     precision,
     reward_list,
     rng,
     sample_lists,
     score_lists,
+    under_other_prompts,
+    with_responses,
 )
 from harness.reference import cache_key, digest_of, get_reference, new_model
 from harness.run import (
@@ -107,86 +112,52 @@ def round_starts(c: Config) -> list[int]:
 def make_pool(
     c: Config, world: World, state: State, reference: nn.Module, round_index: int
 ) -> Pool:
-    """The lists that a round trains on: sampled (Algorithm 1 of LIRE) or the data's own, rewarded, scored.
+    """The lists that a round trains on, with their rewards and reference log-probs.
 
-    Sets the state's round, its samples and, in the first pool, the scale of the rewards.
+    Sets the state's round, its samples and, with the first pool, the scale of the rewards.
     """
     began = time.time()
-    # Responses: samples of the policy as it is now, in place of the last round's. A run that was
-    # resumed inside a round has its samples already.
-    if c.evolve:
-        if state.round_index != round_index:
-            state.generated = sample_round(c, world, state.policy, round_index)
-        examples, lists = world.train, state.generated
-    else:
-        examples, lists = world.logged, [e.response_ids[: c.candidates] for e in world.logged]
+    # Responses: M samples a prompt from the policy as it is now, in place of the last round's (a run
+    # that was resumed inside a round has them already); with --evolve 0 the data's own.
+    if c.evolve and state.round_index != round_index:
+        state.generated = sample_round(c, world, state.policy, round_index)
     state.round_index = round_index
-    chosen = [(e, responses) for e, responses in zip(examples, lists) if responses]
-    if compares_lists(c):
-        whole = [(e, responses) for e, responses in chosen if len(responses) > 1]
-        if len(whole) < len(chosen):
-            print(
-                f"{len(chosen) - len(whole)} lists of a single response are left out: there is "
-                "nothing to compare in them"
-            )
-        chosen = whole
+    lists = with_responses(world.train, state.generated) if c.evolve else own_lists(c, world)
+    lists = comparable(c, lists)
 
-    # Rewards: the task's, or the file's; on the scale of the first pool where that is asked for.
+    # Rewards: the task's or the file's, on the scale of the first pool where that is asked for.
     if world.task:
-        rewards = [reward_list(world, e.prompt, responses) for e, responses in chosen]
-    else:
-        rewards = [e.rewards[: len(responses)] for e, responses in chosen]
-    flat = [reward for row in rewards for reward in row]
+        lists = [replace(e, rewards=reward_list(world, e.prompt, e.response_ids)) for e in lists]
+    rewards = [reward for e in lists for reward in e.rewards]
     if not state.step and not compares_lists(c):
-        with_settings_of_the_data(c, flat)  # a later pool may be of one reward, the first may not
+        with_settings_of_the_data(c, rewards)  # a later pool may be of one reward, not the first
     if c.reward_norm == "global":
-        state.reward_scale = state.reward_scale or mean_and_deviation(flat)
-        rewards = [[normalise(reward, state.reward_scale) for reward in row] for row in rewards]
+        state.reward_scale = state.reward_scale or mean_and_deviation(rewards)
+        lists = [replace(e, rewards=normalise(e.rewards, state.reward_scale)) for e in lists]
 
-    # Reference log-probs, of each list under its prompt (--shuffle-prompts: under another's).
-    prompts = [e for e, _ in chosen]
+    # Log-probs under the reference, of each list under its prompt, or in a control under another.
     if c.shuffle_prompts:
-        generator = rng(c.seed, "shuffle", round_index)
-        prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator).tolist()]
-    unscored = [
-        dataclasses.replace(e, prompt_ids=prompt.prompt_ids, response_ids=responses, rewards=row)
-        for (e, responses), prompt, row in zip(chosen, prompts, rewards)
-    ]
-    ref_logps = score_lists(c, world, reference, unscored)
-    pool = [dataclasses.replace(e, ref_logps=row) for e, row in zip(unscored, ref_logps)]
-
-    flat = [reward for row in rewards for reward in row]
-    best = sum(map(max, rewards)) / len(rewards)
-    print(
-        f"pool: {len(pool)} lists of {len(flat) / len(pool):.1f} responses, reward "
-        f"{sum(flat) / len(flat):.3f}, best of a list {best:.3f} ({time.time() - began:.0f} s)"
-    )
-    return Pool(pool, round_index, c.batch_size, c.seed)
+        lists = under_other_prompts(lists, rng(c.seed, "shuffle", round_index))
+    ref_logps = score_lists(c, world, reference, lists)
+    lists = [replace(e, ref_logps=logps) for e, logps in zip(lists, ref_logps)]
+    print(f"{describe_pool(c, world, lists)} ({time.time() - began:.0f} s)")
+    return Pool(lists, round_index, c.batch_size, c.seed)
 
 
 def sample_round(c: Config, world: World, policy: nn.Module, round_index: int) -> list:
     """M responses to each training prompt that the round will visit, none to the others."""
-    starts, generator = round_starts(c), rng(c.seed, "prompts", round_index)
+    starts = round_starts(c)
     steps = starts[round_index + 1] - starts[round_index]
     visits = -(-steps * c.batch_size // c.iterate)  # prompts that one pass reads
+    generator = rng(c.seed, "prompts", round_index)
     order = torch.randperm(len(world.train), generator=generator).tolist()
     chosen = sorted(order[:visits])
     examples = [world.train[i] for i in chosen]
     generator = rng(c.seed, "pool", round_index, device=c.device)
-    temperature = c.sample_temperature
-    samples = sample_lists(c, world, policy, examples, c.candidates, generator, temperature)
-    lists = [[]] * len(world.train)
-    for i, responses in zip(chosen, samples):
-        lists[i] = responses
-    return lists
-
-
-def mean_and_deviation(rewards: list[float]) -> list[float]:
-    """Mean and standard deviation of the first pool's rewards. Raises: ConfigError where they are constant."""
-    if max(rewards) == min(rewards):
-        raise ConfigError(f"every reward is {rewards[0]}: there is nothing to learn")
-    mean = sum(rewards) / len(rewards)
-    return [mean, (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5]
+    M, temperature = c.candidates, c.sample_temperature
+    samples = sample_lists(c, world, policy, examples, M, generator, temperature)
+    responses = dict(zip(chosen, samples))
+    return [responses.get(i, []) for i in range(len(world.train))]
 
 
 # ---------------------------------------------------------------------------------------- the loop

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import tiktoken
 import torch
@@ -199,6 +200,37 @@ def reward_list(world: World, prompt: str, responses: list[list[int]]) -> list[f
     return [world.task.reward(prompt, decode(world, ids)) for ids in responses]
 
 
+# --------------------------------------------------------------------------------- the pool of a round
+
+
+def own_lists(c: Config, world: World) -> list[Example]:
+    """The data's own lists, of each the first M responses."""
+    M = c.candidates
+    return [
+        dataclasses.replace(e, response_ids=e.response_ids[:M], rewards=e.rewards[:M])
+        for e in world.logged
+    ]
+
+
+def comparable(c: Config, lists: list[Example]) -> list[Example]:
+    """The lists that hold a response, or two where the objective compares them."""
+    lists = [e for e in lists if e.response_ids]
+    if not compares_lists(c):
+        return lists
+    whole = [e for e in lists if len(e.response_ids) > 1]
+    if single := len(lists) - len(whole):
+        print(
+            f"{single} lists of a single response are left out: there is nothing to compare in them"
+        )
+    return whole
+
+
+def under_other_prompts(lists: list[Example], generator: torch.Generator) -> list[Example]:
+    """Every list under the prompt of another, drawn at random."""
+    others = torch.randperm(len(lists), generator=generator).tolist()
+    return [dataclasses.replace(e, prompt_ids=lists[i].prompt_ids) for e, i in zip(lists, others)]
+
+
 @dataclass
 class Pool:
     """The lists of a round, visited pass after pass, each pass in a random order of its own."""
@@ -220,7 +252,27 @@ class Pool:
         return [self.examples[i] for i in self.order[n % per_pass]]
 
 
-def normalise(rewards, scale: tuple[float, float] | None):
-    """Rewards minus a mean, over a deviation; as they are where there is no scale."""
+def mean_and_deviation(rewards: list[float]) -> list[float]:
+    """Mean and standard deviation of rewards. Raises: ConfigError where they are all the same."""
+    if max(rewards) == min(rewards):
+        raise ConfigError(f"every reward is {rewards[0]}: there is nothing to learn")
+    mean = sum(rewards) / len(rewards)
+    return [mean, (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5]
+
+
+def normalise(rewards: Any, scale: list[float] | None) -> Any:
+    """Rewards (a list or a tensor) minus a mean, over a deviation; as they are without a scale."""
     mean, deviation = scale or (0.0, 1.0)
+    if isinstance(rewards, list):
+        return [(reward - mean) / deviation for reward in rewards]
     return (rewards - mean) / deviation
+
+
+def describe_pool(c: Config, world: World, lists: list[Example]) -> str:
+    """The line that says what a round trains on."""
+    rewards = [reward for e in lists for reward in e.rewards]
+    best = sum(max(e.rewards) for e in lists) / len(lists)
+    return (
+        f"pool: {len(lists)} lists of {len(rewards) / len(lists):.1f} responses, reward "
+        f"{sum(rewards) / len(rewards):.3f}, best of a list {best:.3f}"
+    )
