@@ -43,7 +43,7 @@ def lire_objective(c: Any, x: Inputs) -> Losses:
     how = "none" if c.reward_norm == "global" else c.reward_norm
     rewards = lire.transform_rewards(x.rewards, x.mask, how)
     loss = lire.lire_loss(lire_scores(c, x), rewards, x.mask, c.temperature)
-    return {"loss": loss + sft_term(c, x)}
+    return {"loss/lire": loss} | sft_term(c, x)
 
 
 def dro_objective(c: Any, x: Inputs) -> Losses:
@@ -81,7 +81,7 @@ def slic_objective(c: Any, x: Inputs) -> Losses:
     """SLiC's hinge on the best and the worst response, and the likelihood of the best."""
     chosen, rejected = best_and_worst(x)
     loss = mean_over_pairs(baselines.slic_loss(x.logps[chosen], x.logps[rejected]))
-    return {"loss/rank": loss, "loss/sft": sft_term(c, x)} if c.sft_weight else {"loss": loss}
+    return {"loss/slic": loss} | sft_term(c, x)
 
 
 def pl_dpo_objective(c: Any, x: Inputs) -> Losses:
@@ -92,13 +92,14 @@ def pl_dpo_objective(c: Any, x: Inputs) -> Losses:
 
 def rrhf_objective(c: Any, x: Inputs) -> Losses:
     """RRHF's ranking of mean log-probs, and the likelihood of the best response."""
-    return {"loss": baselines.rrhf_loss(x.logps, x.lengths, x.rewards, x.mask) + sft_term(c, x)}
+    loss = baselines.rrhf_loss(x.logps, x.lengths, x.rewards, x.mask)
+    return {"loss/rrhf": loss} | sft_term(c, x)
 
 
 def pro_objective(c: Any, x: Inputs) -> Losses:
     """PRO's ranking, and the likelihood of the best response times (M - 1)^2, as in its paper."""
     loss = baselines.pro_loss(x.logps, x.lengths, x.rewards, x.mask)
-    return {"loss": loss + (x.mask.sum(-1) - 1) ** 2 * sft_term(c, x)}
+    return {"loss/pro": loss} | sft_term(c, x, (x.mask.sum(-1) - 1) ** 2)
 
 
 def kto_objective(c: Any, x: Inputs) -> Losses:
@@ -117,11 +118,12 @@ def kto_objective(c: Any, x: Inputs) -> Losses:
 # --------------------------------------------------------------------------------- what they share
 
 
-def sft_term(c: Any, x: Inputs) -> Tensor | float:
-    """--sft-weight times the mean negative log-likelihood per token of the best response [B]."""
+def sft_term(c: Any, x: Inputs, scale: Tensor | float = 1.0) -> Losses:
+    """--sft-weight (times scale) x the mean negative log-likelihood per token of the best response."""
     if not c.sft_weight:
-        return 0.0
-    return c.sft_weight * lire.sft_loss(x.logps, x.lengths, x.rewards, x.mask)
+        return {}
+    loss = lire.sft_loss(x.logps, x.lengths, x.rewards, x.mask)  # [B]
+    return {"loss/sft": scale * (c.sft_weight * loss)}
 
 
 def unlike(x: Inputs) -> Tensor:

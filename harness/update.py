@@ -89,7 +89,7 @@ def step_metrics(
     c: Config, state: Any, x: Inputs, losses: Losses, grad_norms: list[float]
 ) -> dict[str, float | None]:
     """A row of log.jsonl; docs/metrics.md explains each of its names."""
-    row = {"step": state.step, "evolve": state.round_index, "loss": total(losses).item()}
+    row = {"step": state.step, "round": state.round_index, "loss": total(losses).item()}
     row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "grad_norm": grad_norms[0]}
     if len(grad_norms) > 1:
         row["value/grad_norm"] = grad_norms[1]
