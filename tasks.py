@@ -285,12 +285,13 @@ def tiny(rng: random.Random) -> Task:
 
 class TaskRow(NamedTuple):
     make: Callable[[random.Random], Task]
-    defaults: dict  # of a run on this task, where they are not those of every task
+    defaults: dict = {}  # of a run on this task, where they are not those of every task
+    unread: tuple[str, ...] = ()  # options that a run on it does not read
 
 
 TASKS = {
-    "dialogue": TaskRow(dialogue, {}),
+    "dialogue": TaskRow(dialogue),
     # Copying out of a post of 70 tokens is learnt sooner at half the rate.
     "summary": TaskRow(summary, {"reference_lr": 2e-3}),
-    "tiny": TaskRow(tiny, {}),
+    "tiny": TaskRow(tiny, unread=("vocab_size",)),
 }

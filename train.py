@@ -23,11 +23,11 @@ from harness.config import (
     ConfigError,
     command_line,
     compares_lists,
+    describe_settings,
     resolve,
-    settings_read,
     with_settings_of_the_data,
 )
-from harness.evaluation import evaluate, quick_evaluation, side_by_side
+from harness.evaluation import evaluate, quick_evaluation, side_by_side, summary
 from harness.figures import draw
 from harness.pool import (
     Pool,
@@ -53,7 +53,6 @@ from harness.run import (
     check_folder,
     interruptible,
     load_checkpoint,
-    print_table,
     restore,
     save,
     set_numerics,
@@ -140,7 +139,7 @@ def make_pool(
         lists = under_other_prompts(lists, rng(c.seed, "shuffle", round_index))
     ref_logps = score_lists(c, world, reference, lists)
     lists = [replace(e, ref_logps=logps) for e, logps in zip(lists, ref_logps)]
-    print(f"{describe_pool(c, world, lists)} ({time.time() - began:.0f} s)")
+    print(f"{describe_pool(c, world, round_index, lists)}, {time.time() - began:.0f} s")
     return Pool(lists, round_index, c.batch_size, c.seed)
 
 
@@ -234,7 +233,7 @@ def main(config: Config) -> dict:
         c = with_settings_of_the_data(c, rewards)
     key = cache_key(c, world)
     checkpoint = load_checkpoint(c, key)
-    print_table(settings_read(c))
+    print(describe_settings(c))
     out.mkdir(parents=True, exist_ok=True)
     save(json.dumps(vars(c), indent=1), out / "config.json")
     if world.ranks:
@@ -264,10 +263,8 @@ def main(config: Config) -> dict:
     metrics |= run.costs()
     save(json.dumps(metrics, indent=1), out / "metrics.json")
     save(side_by_side(world, answers, 10, 4) + "\n", out / "samples.txt")
-    print(f"\n{side_by_side(world, answers)}\n")
-    print_table(metrics)
-    print(draw(out))
-    print(f"written to {out}/")
+    print(f"\n{side_by_side(world, answers)}\n\n{summary(metrics)}\n\n{draw(out)}")
+    print(f"everything else: {out}/ (metrics.json, log.jsonl, samples.txt)")
     return metrics
 
 

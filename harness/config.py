@@ -228,7 +228,10 @@ def _free_folder(c: Config) -> str:
 
 def settings_read(c: Config) -> dict[str, Any]:
     """The settings that this run reads, of a Config that `resolve` has filled in."""
-    unread = {"eval_samples", "task"} if c.data else {"data", "eval_data", "limit"}
+    if c.data:
+        unread = {"eval_samples", "task"}
+    else:
+        unread = {"data", "eval_data", "limit", *TASKS[c.task].unread}
     unread |= {
         f.name for f in dataclasses.fields(c) if c.objective not in (owners(f.name) or OBJECTIVES)
     }
@@ -240,6 +243,15 @@ def settings_read(c: Config) -> dict[str, Any]:
         unread |= set("candidates evolve iterate reward_norm shuffle_prompts steps lr clip".split())
         unread |= {"sample_temperature", "eval_every"}
     return {k: v for k, v in vars(c).items() if k not in unread and v not in ("", [], None)}
+
+
+def describe_settings(c: Config, columns: int = 3) -> str:
+    """The settings that this run reads, in columns."""
+    settings = {k: f"{v:g}" if isinstance(v, float) else v for k, v in settings_read(c).items()}
+    settings |= {k: " ".join(v) for k, v in settings.items() if isinstance(v, list)}
+    cells = [f"{name:18} {value!s:14}" for name, value in settings.items()]
+    rows = -(-len(cells) // columns)
+    return "\n".join("  ".join(cells[i::rows]).rstrip() for i in range(rows))
 
 
 def run_settings(c: Config) -> dict[str, Any]:

@@ -401,3 +401,29 @@ def side_by_side(world: World, answers: Answers, prompts: int = 3, each: int = 3
                 reward = f"{world.task.reward(example.prompt, text):6.2f}" if world.task else ""
                 lines.append(f"  {who:9} {reward}  {text}")
     return "\n".join(lines)
+
+
+SUMMARY = """
+    policy_reward reference_reward best_of_8_reward optimal_reward win_rate kl efficiency
+    policy_distinct
+""".split()
+SPLITS = {"held out": "", "new subjects": "ood_", "trained on": "train_"}
+
+
+def summary(metrics: dict) -> str:
+    """The numbers that matter, as a small table: of a task a column a split, of a file a row a score."""
+    if "policy_reward" in metrics:
+        columns = {name: prefix for name, prefix in SPLITS.items() if f"{prefix}kl" in metrics}
+        rows = {name: [metrics[prefix + name] for prefix in columns.values()] for name in SUMMARY}
+    else:
+        columns, prefix = ["top1_reward", "pair_accuracy"], "top1_reward_"
+        scores = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
+        rows = {s: [metrics[prefix + s], metrics.get(f"pair_accuracy_{s}")] for s in scores}
+        if "longest" in rows:
+            rows["longest"][1] = metrics["longer_accuracy"]
+        rows |= {k: [metrics[k]] for k in ("mean_reward", "best_reward", "kl") if k in metrics}
+    lines = [" " * 18 + "".join(f"{column:>15}" for column in columns)]
+    for name, values in rows.items():
+        shown = ["-" if value is None else f"{value:.3f}" for value in values]
+        lines.append(f"{name:18}" + "".join(f"{value:>15}" for value in shown))
+    return "\n".join(lines)

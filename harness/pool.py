@@ -268,11 +268,15 @@ def normalise(rewards: Any, scale: list[float] | None) -> Any:
     return (rewards - mean) / deviation
 
 
-def describe_pool(c: Config, world: World, lists: list[Example]) -> str:
+def describe_pool(c: Config, world: World, round_index: int, lists: list[Example]) -> str:
     """The line that says what a round trains on."""
     rewards = [reward for e in lists for reward in e.rewards]
     best = sum(max(e.rewards) for e in lists) / len(lists)
+    units = "deviations from the first pool's mean"
+    if c.reward_norm != "global":
+        units = "the task's units" if world.task else "the file's units"
     return (
-        f"pool: {len(lists)} lists of {len(rewards) / len(lists):.1f} responses, reward "
-        f"{sum(rewards) / len(rewards):.3f}, best of a list {best:.3f}"
+        f"pool {round_index + 1}/{max(c.evolve, 1)}: {len(lists)} lists of "
+        f"{len(rewards) / len(lists):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, best "
+        f"of a list {best:.3f} ({units})"
     )

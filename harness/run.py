@@ -150,15 +150,6 @@ class Run:
         save(checkpoint, Path(self.c.out) / "checkpoint.pt")
 
 
-def print_table(values: dict[str, Any], columns: int = 3) -> None:
-    """name value, name value, ... in columns."""
-    shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in values.items()}
-    cells = [f"{name:20} {value!s:15}" for name, value in shown.items()]
-    rows = -(-len(cells) // columns)
-    for i in range(rows):
-        print("  ".join(cells[i::rows]).rstrip())
-
-
 class Progress:
     """One live line on a terminal; plain lines, one at each quick evaluation, in a log."""
 
