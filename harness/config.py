@@ -37,7 +37,7 @@ def option(default: Any, text: str, choices: Collection = (), positive: bool = F
 class Config:
     """Everything a run depends on. Every field is an option: `sft_weight` is --sft-weight."""
 
-    objective: str = option("lire", "what is minimised; sft: just the reference", OBJECTIVES)
+    objective: str = option("lire", "what is minimised", OBJECTIVES)
     task: str = option("dialogue", "synthetic world", TASKS)
     data: list[str] = option(list, "files of lists instead of a task (.jsonl, .jsonl.gz)")
     eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
