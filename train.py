@@ -161,13 +161,11 @@ def sample_round(c: Config, world: World, policy: nn.Module, round_index: int) -
 
 # ---------------------------------------------------------------------------------------- the loop
 
-RESUME = "`python train.py --resume {}` goes on"
-KEPT = "the last good checkpoint is kept in {}; a smaller --lr may help"
-
 
 def train_policy(c: Config, world: World, state: State, reference: nn.Module, run: Run) -> None:
     """The loop: from state.step to c.steps. On Ctrl-C (run.stop) it ends after the step it is in."""
-    objective, starts, pool, heldout = OBJECTIVES[c.objective], round_starts(c), None, {}
+    objective, starts = OBJECTIVES[c.objective], round_starts(c)
+    pool, heldout = None, {}  # of the round; of the last look at held-out prompts
     progress = Progress(c.objective, c.steps, state.step)
     for step in range(state.step + 1, c.steps + 1):
         # A round begins (Algorithm 1 of LIRE): sample M candidates a prompt from the policy as it is
@@ -192,7 +190,7 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
         loss = total(losses)
 
         # Backward, clip, one step of the optimiser; it refuses a gradient that is not finite.
-        grad_norms = update(state.optimizer, loss, step, c.steps, c.clip, KEPT.format(c.out))
+        grad_norms = update(state.optimizer, loss, step, c.steps, c.clip)
         state.step = step
 
         # Now and then: look at held-out prompts, write a row, save a checkpoint.
@@ -206,7 +204,7 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
         if due or run.stop:
             run.save(state)
         if run.stop:
-            raise KeyboardInterrupt(f"saved after step {step}; {RESUME.format(c.out)}")
+            raise KeyboardInterrupt(f"saved after step {step}; {run.way_on}")
     run.lap("train")
 
 
@@ -253,7 +251,11 @@ def main(config: Config) -> dict:
     if OBJECTIVES[c.objective].loss and c.steps:
         run.start_log(state.step)
         with interruptible() as run.stop:
-            train_policy(c, world, state, reference, run)
+            try:
+                train_policy(c, world, state, reference, run)
+            except FloatingPointError as e:
+                advice = f"the last good checkpoint is kept in {c.out}; a smaller --lr may help"
+                raise FloatingPointError(f"{e}; {advice}") from None
     else:
         run.save(state)
 
@@ -275,5 +277,5 @@ if __name__ == "__main__":
     except (ConfigError, DataError, FloatingPointError, OSError) as e:
         sys.exit(f"train.py: {e}")
     except KeyboardInterrupt as e:
-        way_on = RESUME.format("RUN") + " from the last checkpoint of its folder, if it has one"
+        way_on = "python train.py --resume RUN goes on from the last checkpoint, if there is one"
         sys.exit(f"\ninterrupted: {e or way_on}")

@@ -106,7 +106,7 @@ def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int =
         policy_loss, value_loss = losses(*flat, tau)
         loss = policy_loss.mean() + value_loss.mean()
         try:
-            norms = update(state.optimizer, loss, step, steps, c.clip, "diverged")
+            norms = update(state.optimizer, loss, step, steps, c.clip)
         except FloatingPointError:
             break
         if max(norms) > 1e6:

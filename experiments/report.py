@@ -93,8 +93,8 @@ SECTIONS = {
     ),
     "copa": Section(
         "Real ratings: COPA-SSE, 1,000 prompts with 6,579 rated explanations, 5 folds",
-        "By its mean log-prob LIRE beats the reference clearly (+0.58) and not the rule \"pick the "
-        "longest\" (-0.03): raters liked long explanations. Brackets are 95 % bootstrap intervals over "
+        'By its mean log-prob LIRE beats the reference clearly (+0.58) and not the rule "pick the '
+        'longest" (-0.03): raters liked long explanations. Brackets are 95 % bootstrap intervals over '
         "prompts, differences are paired.",
     ),
     "bench": Section(

@@ -58,7 +58,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
         with precision(c):
             logps = models.response_logps(model, batch, world.allowed)
         loss = -logps.sum() / batch.response_mask.sum()
-        update(optimizer, loss, step, c.reference_steps, 1.0, "a smaller --reference-lr may help")
+        update(optimizer, loss, step, c.reference_steps, 1.0)
         line = step % 200 == 0 or step == c.reference_steps
         progress.show(step, loss, {}, line)
     return model
@@ -116,7 +116,10 @@ def get_reference(
     elif others := list(filter(None, map(read_json, sorted(folder.glob("*.json"))))):
         changed = min(([k for k in key if other.get(k) != key[k]] for other in others), key=len)
         print(f"reference: none cached for this; the nearest one differs in {', '.join(changed)}")
-    model = train_reference(c, world).eval()
+    try:
+        model = train_reference(c, world).eval()
+    except FloatingPointError as e:
+        raise FloatingPointError(f"reference {e}; a smaller --reference-lr may help") from None
     weights = model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     save({"weights": weights, "digest": digest_of(weights)}, path)

@@ -110,6 +110,7 @@ class Run:
         self.log_path = Path(c.out) / "log.jsonl"
         self.seconds: dict[str, float] = {}
         self.stop: list = []  # not empty: Ctrl-C was pressed
+        self.way_on = f"`python train.py --resume {c.out}` goes on"
 
     def lap(self, part: str) -> None:
         """The time since the last lap went into this part of the run."""
@@ -161,10 +162,11 @@ class Progress:
     def show(self, step: int, loss: Tensor, metrics: dict, line: bool = False) -> None:
         """Say how far it is; `line`: worth a line of its own where there is no terminal."""
         now = time.time()
-        known = sorted((name for name in metrics if metrics[name] is not None), reverse=True)
-        text = f"loss {loss.item():.4f}  " + "  ".join(f"{k} {metrics[k]:.2f}" for k in known)
         left = (now - self.start) / max(step - self.first, 1) * (self.total - step)
-        text = f"{self.title} {step}/{self.total}  {text}  {left:.0f} s left"
+        known = sorted((name for name in metrics if metrics[name] is not None), reverse=True)
+        parts = [f"{self.title} {step}/{self.total}", f"loss {loss.item():.4f}"]
+        parts += [f"{name} {metrics[name]:.2f}" for name in known]
+        text = "  ".join([*parts, f"{left:.0f} s left"])
         if self.live and (line or now - self.shown > 0.2):
             print("\r" + text.ljust(110), end="\n" if step == self.total else "", flush=True)
             self.shown = now

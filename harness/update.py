@@ -21,16 +21,11 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 
 
 def update(
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    step: int,
-    steps: int,
-    clip: float,
-    advice: str,
+    optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int, clip: float
 ) -> list[float]:
     """Backward; clip every parameter group (a network each) by itself; one step at the group's own rate.
 
-    Args: step: the first is 1; advice: ends the message where training goes wrong.
+    Args: step: the first is 1.
     Returns: the groups' gradient norms before clipping.
     Raises: FloatingPointError where one is not finite; nothing is changed then.
     """
@@ -39,9 +34,7 @@ def update(
     groups = optimizer.param_groups
     norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
     if not all(map(math.isfinite, norms)):
-        raise FloatingPointError(
-            f"step {step}: loss is {loss.item()}, gradient norm {norms[0]}; {advice}"
-        )
+        raise FloatingPointError(f"step {step}: loss is {loss.item()}, gradient norm {norms[0]}")
     for group in groups:
         group["lr"] = lr_at(step - 1, steps, group["peak"])
     optimizer.step()
