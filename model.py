@@ -1,29 +1,37 @@
-"""A small GPT and a T5-like encoder-decoder that read a prompt once and score or sample M responses of it; a value network.
+"""A small GPT, a T5-like encoder-decoder, and a value network.
 
-    model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]
+Both models read a prompt once, and score or sample M responses of it:
+
+    model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]
     model.hidden(prompt_ids, prompt_mask, response_ids) -> [B, M, R, D]   what the head reads
     model.encode(prompt_ids, prompt_mask)               -> [B, S, D]      the prompt's own states
-    response_logps(model, batch)                        -> [B, M]         log pi(response | prompt), a sum over tokens
+    response_logps(model, batch)                        -> [B, M]         log pi(response | prompt)
     sample(model, prompt_ids, prompt_mask, M, ...)      -> response_ids, response_mask [B, M, R]
     ValueNetwork(backbone)(prompt_ids, prompt_mask)     -> [B]            V(x), of the prompt alone
 
-Both models have this interface. B prompts, M responses of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads.
-Prompts and responses are padded on the right; what stands in the padding changes nothing.
+logits[..., t, :] predicts response_ids[..., t]; log pi is a sum over tokens. B prompts, M responses
+of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads. Prompts and responses
+are padded on the right; what stands in the padding changes nothing.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------------------------------ GPT
+# ---------------------------------------------------------------------------------------------- GPT
 
 
 @dataclass
 class GPTConfig:
-    """Size of a GPT. The defaults are the small one of the main job; GPT-2 is (50257, 1024, 12, 12, 768, 50256)."""
+    """Size of a GPT. The defaults are the small one of the main job.
+
+    GPT-2 is (50257, 1024, 12, 12, 768, 50256).
+    """
 
     vocab_size: int = 512
     context: int = 256  # longest prompt + response, in tokens
@@ -34,7 +42,7 @@ class GPTConfig:
 
 
 class Attention(nn.Module):
-    """Causal self-attention over [cached prompt, own tokens] (Radford et al. 2019, the GPT-2 layout)."""
+    """Causal self-attention over [cached prompt, own tokens] (GPT-2; Radford et al. 2019)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -42,12 +50,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x, past=None, mask=None):
-        """x [N, T, D]; past: a cache (see `PromptCache`) or None. Returns the output [N, T, D] and the keys and values."""
+    def forward(
+        self,
+        x: Tensor,
+        past: "PromptCache | SamplingCache | None" = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Output [N, T, D] of x [N, T, D], and the keys and values; past: a cache, or None."""
         N, T, D = x.shape
-        q, k, v = (
-            self.c_attn(x).view(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # [N, H, T, D/H] each
+        qkv = self.c_attn(x).view(N, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
         if past is not None:
             k, v = past.extend(k, v)  # [N, H, S + T, D/H]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -69,40 +81,49 @@ class Block(nn.Module):
             }
         )
 
-    def forward(self, x, past=None, mask=None):
-        y, kv = self.attn(self.ln_1(x), past, mask)
+    def forward(
+        self,
+        x: Tensor,
+        past: "PromptCache | SamplingCache | None" = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As `Attention.forward`."""
+        y, keys_values = self.attn(self.ln_1(x), past, mask)
         x = x + y
-        return x + self.mlp["c_proj"](
-            F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        ), kv
+        y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+        return x + self.mlp["c_proj"](y), keys_values
 
 
 class PromptCache:
-    """One layer's keys and values of the prompts [B, H, S, D/H], shared by the M responses of each: for scoring."""
+    """One layer's keys and values of the prompts [B, H, S, D/H], for scoring.
 
-    def __init__(self, k, v, M: int):
+    The M responses of each prompt share them.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, M: int):
         self.k, self.v, self.M = k, v, M
 
-    def extend(self, k, v):
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the responses' own keys and values [B * M, H, T, D/H]."""
-        return tuple(
-            torch.cat(
-                [old[:, None].expand(-1, self.M, -1, -1, -1), new.unflatten(0, (-1, self.M))], 3
-            ).flatten(0, 1)
-            for old, new in ((self.k, k), (self.v, v))
-        )
+        return self._join(self.k, k), self._join(self.v, v)
+
+    def _join(self, prompt: Tensor, own: Tensor) -> Tensor:
+        prompt = prompt[:, None].expand(-1, self.M, -1, -1, -1)  # [B, M, H, S, D/H]
+        own = own.unflatten(0, (-1, self.M))  # [B, M, H, T, D/H]
+        return torch.cat([prompt, own], 3).flatten(0, 1)  # [B * M, H, S + T, D/H]
 
 
 class SamplingCache:
-    """The same, with room for the tokens to come: written in place, so a new token copies nothing."""
+    """The same, with room for the tokens to come, written in place: nothing is copied."""
 
-    def __init__(self, k, v, M: int, max_tokens: int):
+    def __init__(self, k: Tensor, v: Tensor, M: int, max_tokens: int):
         self.length = k.shape[2]
-        self.k, self.v = (
-            F.pad(t, (0, 0, 0, max_tokens)).repeat_interleave(M, 0) for t in (k, v)
-        )  # [B * M, H, S + R, D/H]
+        room = (0, 0, 0, max_tokens)
+        self.k = F.pad(k, room).repeat_interleave(M, 0)  # [B * M, H, S + R, D/H]
+        self.v = F.pad(v, room).repeat_interleave(M, 0)
 
-    def extend(self, k, v):
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next tokens' keys and values [B * M, H, T, D/H]; returns all so far."""
         end = self.length + k.shape[2]
         self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
         self.length = end
@@ -110,13 +131,15 @@ class SamplingCache:
 
 
 class GPT(nn.Module):
-    """GPT-2: pre-norm blocks, learned positions, tanh GELU, head tied to the embedding. Published weights fit it.
+    """GPT-2: pre-norm blocks, learned positions, tanh GELU, head tied to the embedding.
 
-    Parameter names are GPT-2's (without the `transformer.` prefix; its Conv1D weights are stored transposed).
+    Published weights fit it: parameter names are GPT-2's, without the `transformer.` prefix, and
+    its Conv1D weights are stored transposed.
 
     >>> model = GPT(GPTConfig(vocab_size=11, context=16, layers=1, heads=2, width=8, eos=10))
     >>> prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
-    >>> model(prompt, mask, torch.tensor([[[4, 10], [5, 10]]])).shape      # B = 1 prompt, M = 2 responses of R = 2 tokens
+    >>> responses = torch.tensor([[[4, 10], [5, 10]]])  # B = 1 prompt, M = 2, R = 2 tokens
+    >>> model(prompt, mask, responses).shape
     torch.Size([1, 2, 2, 11])
     """
 
@@ -127,40 +150,37 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.ln_f = nn.LayerNorm(config.width)
-        std = (
-            0.02 * (768 / config.width) ** 0.5
-        )  # GPT-2's 0.02 at GPT-2's width; a narrow model learns to copy far sooner
+        # GPT-2's 0.02 at GPT-2's width; more in a narrow model, which learns to copy far sooner.
+        std = 0.02 * (768 / config.width) ** 0.5
+        # Residual projections start smaller, so that the sum over layers keeps its size.
+        residual_std = std / (2 * config.layers) ** 0.5
         for name, p in self.named_parameters():
-            if (
-                p.dim() == 2
-            ):  # residual projections start smaller, so that the sum over layers keeps its size
-                nn.init.normal_(
-                    p,
-                    std=std / (2 * config.layers) ** 0.5 if name.endswith("c_proj.weight") else std,
-                )
+            if p.dim() == 2:
+                nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def read_prompt(self, prompt_ids):
-        """The prompt alone, causally. Returns its states before the last norm [B, S, D] and each layer's (keys, values)."""
+    def read_prompt(self, prompt_ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """States of the prompt before the last norm [B, S, D]; each layer's (keys, values)."""
         x = self.wte(prompt_ids) + self.wpe.weight[: prompt_ids.shape[1]]  # [B, S, D]
         cache = []
+        # Padding stands on the right, so a causal mask already hides it from real tokens.
         for block in self.h:
-            x, kv = block(
-                x
-            )  # padding stands on the right, so a causal mask already hides it from real tokens
-            cache.append(kv)
+            x, keys_values = block(x)
+            cache.append(keys_values)
         return x, cache
 
-    def encode(self, prompt_ids, prompt_mask):
-        """States of the prompt's own tokens, [B, S, D]; those of padding are to be masked by the reader."""
+    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """States [B, S, D] of the prompt's own tokens; the reader masks those of padding."""
         return self.ln_f(self.read_prompt(prompt_ids)[0])
 
-    def hidden(self, prompt_ids, prompt_mask, response_ids):
-        """States that predict each response token: prompt read once, each response attends to [prompt, itself].
+    def hidden(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
+        """States that predict each response token.
 
-        Args: prompt_ids, prompt_mask [B, S] (at least one real token a row); response_ids [B, M, R].
-        Returns: [B, M, R, D]; [..., 0, :] is the last prompt token's state, shared by the M responses.
+        The prompt is read once; each response attends to [prompt, itself].
+
+        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R].
+        Returns: [B, M, R, D]; [..., 0, :] is the last prompt token's state, the same for all M.
         Raises: ValueError where S + R exceeds the context.
         """
         (B, S), (_, M, R) = prompt_ids.shape, response_ids.shape
@@ -176,49 +196,50 @@ class GPT(nn.Module):
             return self.ln_f(first)
         T = R - 1  # the last token predicts nothing, so it need not be read
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-        mask = torch.cat(
-            [prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)], -1
-        )  # [B, T, S + T]
-        mask = mask[:, None, None].expand(B, M, 1, T, S + T).flatten(0, 1)  # [B * M, 1, T, S + T]
-        positions = length[:, None] + torch.arange(
-            T, device=x.device
-        )  # [B, T], padding not counted
-        y = (self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]).flatten(
-            0, 1
-        )  # [B * M, T, D]
-        for block, kv in zip(self.h, cache):
-            y, _ = block(y, PromptCache(*kv, M), mask)
+        seen = [prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)]
+        mask = torch.cat(seen, -1)[:, None, None]  # [B, 1, 1, T, S + T]
+        mask = mask.expand(B, M, 1, T, S + T).flatten(0, 1)  # [B * M, 1, T, S + T]
+        place = torch.arange(T, device=x.device)
+        positions = length[:, None] + place  # [B, T], padding not counted
+        y = self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]  # [B, M, T, D]
+        y = y.flatten(0, 1)  # [B * M, T, D]
+        for block, (k, v) in zip(self.h, cache):
+            y, _ = block(y, PromptCache(k, v, M), mask)
         return self.ln_f(torch.cat([first, y.unflatten(0, (B, M)).to(first.dtype)], 2))
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]."""
         return F.linear(states, self.wte.weight)
 
-    def forward(self, prompt_ids, prompt_mask, response_ids):
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
         """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
         return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
 
-    def decode(self, prompt_ids, prompt_mask, M: int, max_tokens: int):
+    def decode(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, M: int, max_tokens: int
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
         """Open a decoding session for M responses a prompt.
 
-        Returns: the first logits [B * M, V], and step(ids, rows) -> logits [len(rows), V]: read one token more of the
-        responses `rows` (indices into those of the last call; the others are over and leave the cache).
+        Returns: the first logits [B * M, V], and step(ids, rows) -> logits [len(rows), V], which
+            reads one token more of the responses `rows` (indices into those of the last call; the
+            others are over and leave the cache).
+        Raises: ValueError where S + max_tokens exceeds the context.
         """
         B, S = prompt_ids.shape
         if S + max_tokens > self.config.context:
             raise ValueError(
-                f"prompt and response need {S} + {max_tokens} tokens, the model reads {self.config.context}"
+                f"prompt and response need {S} + {max_tokens} tokens, "
+                f"the model reads {self.config.context}"
             )
         x, cache = self.read_prompt(prompt_ids)
-        cache = [SamplingCache(*kv, M, max_tokens) for kv in cache]
+        cache = [SamplingCache(k, v, M, max_tokens) for k, v in cache]
         position = prompt_mask.sum(1)  # [B]
         first = x[torch.arange(B, device=x.device), position - 1]  # [B, D]
         position = position.repeat_interleave(M)  # [B * M]
-        mask = F.pad(prompt_mask, (0, max_tokens), value=True).repeat_interleave(M, 0)[
-            :, None, None
-        ]  # [B * M, 1, 1, S + R]
+        mask = F.pad(prompt_mask, (0, max_tokens), value=True)  # [B, S + R]
+        mask = mask.repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S + R]
 
-        def step(ids, rows=None):
+        def step(ids: Tensor, rows: Tensor | None = None) -> Tensor:
             nonlocal position, mask
             if rows is not None:
                 position, mask = position[rows], mask[rows]
@@ -233,14 +254,17 @@ class GPT(nn.Module):
         return self.head(self.ln_f(first)).repeat_interleave(M, 0), step
 
 
-# ------------------------------------------------------------------------------------------------------------------------- T5
+# ----------------------------------------------------------------------------------------------- T5
 
 BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions
 
 
 @dataclass
 class T5Config:
-    """Size of a T5, v1.1 layout. T5 v1.1 and FLAN-T5 large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0)."""
+    """Size of a T5, v1.1 layout.
+
+    T5 v1.1 and FLAN-T5 large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0).
+    """
 
     vocab_size: int = 512
     layers: int = 2  # of the encoder, and as many of the decoder
@@ -249,16 +273,16 @@ class T5Config:
     head_width: int = 32
     mlp_width: int = 256
     eos: int = 511  # the token that ends a response
-    start: int = (
-        512  # what the decoder reads first: T5's padding id, or one id more than the vocabulary
-    )
+    # What the decoder reads first: T5's padding id, or one id more than the vocabulary.
+    start: int = 512
 
 
-def position_bucket(relative, bidirectional: bool):
-    """Bucket 0 .. 31 of a relative position, key minus query (T5; Raffel et al. 2020, as in T5X and transformers).
+def position_bucket(relative: Tensor, bidirectional: bool) -> Tensor:
+    """Bucket 0 .. 31 of a relative position, key minus query (T5; Raffel et al. 2020).
 
-    Near positions have a bucket each, far ones share buckets that grow with log distance, up to MAX_DISTANCE. An encoder
-    gives half of the buckets to keys after the query; to a causal decoder they are all one.
+    As in T5X and transformers: near positions have a bucket each, far ones share buckets that grow
+    with log distance, up to MAX_DISTANCE. An encoder gives half of the buckets to keys after the
+    query; to a causal decoder they are all one.
 
     >>> position_bucket(torch.tensor([-200, -16, -1, 0, 1, 64]), bidirectional=True)
     tensor([15, 10,  1,  0, 17, 30])
@@ -266,17 +290,17 @@ def position_bucket(relative, bidirectional: bool):
     buckets = BUCKETS // 2 if bidirectional else BUCKETS
     distance = relative.abs() if bidirectional else (-relative).clamp_min(0)
     near = buckets // 2
-    far = (
-        (distance.clamp_min(1).float() / near).log()
-        / math.log(MAX_DISTANCE / near)
-        * (buckets - near)
-    )
+    ratio = (distance.clamp_min(1).float() / near).log() / math.log(MAX_DISTANCE / near)
+    far = ratio * (buckets - near)
     bucket = torch.where(distance < near, distance, (near + far.long()).clamp_max(buckets - 1))
     return bucket + buckets * (relative > 0) if bidirectional else bucket
 
 
 class T5Attention(nn.Module):
-    """Multi-head attention without biases, and without 1 / sqrt(d): the query's initialisation carries that."""
+    """Multi-head attention without biases, and without 1 / sqrt(d).
+
+    The query's initialisation carries that scale.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -286,23 +310,26 @@ class T5Attention(nn.Module):
         self.v = nn.Linear(config.width, inner, bias=False)
         self.o = nn.Linear(inner, config.width, bias=False)
 
-    def split(self, t):
-        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, T, H d] -> [N, H, T, d]
+    def split(self, x: Tensor) -> Tensor:
+        """[N, T, H d] -> [N, H, T, d]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, states):
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [N, H, T, d] of states [N, T, D]."""
         return self.split(self.k(states)), self.split(self.v(states))
 
-    def forward(self, x, keys_values, mask):
-        """x [N, T, D]; mask: bool, or a number that is added to every score (N, H, T, keys)."""
-        y = F.scaled_dot_product_attention(
-            self.split(self.q(x)), *keys_values, attn_mask=mask, scale=1.0
-        )
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x [N, T, D]; mask: bool, or a number that is added to every score [N, H, T, keys]."""
+        q = self.split(self.q(x))
+        y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, scale=1.0)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
 class T5Block(nn.Module):
-    """Pre-norm: self-attention, in the decoder cross-attention to the prompt, gated MLP; each is added to its input."""
+    """Pre-norm: self-attention, in the decoder cross-attention to the prompt, gated MLP.
+
+    Each is added to its input.
+    """
 
     def __init__(self, config: T5Config, decoder: bool):
         super().__init__()
@@ -315,14 +342,24 @@ class T5Block(nn.Module):
         self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
         self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x, mask, prompt=None, prompt_mask=None, past=None):
-        """x [N, T, D]; prompt: this layer's cross-attention keys and values [B, H, S, d], shared by the N / B responses of each."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        prompt: tuple[Tensor, Tensor] | None = None,
+        prompt_mask: Tensor | None = None,
+        past: SamplingCache | None = None,
+    ) -> Tensor:
+        """x [N, T, D] -> [N, T, D].
+
+        Args: prompt: this layer's cross-attention keys and values [B, H, S, d], which the N / B
+            responses of a prompt share; past: the tokens read before.
+        """
         y = self.attn_norm(x)
         keys_values = self.attn.keys_values(y)
         x = x + self.attn(y, past.extend(*keys_values) if past else keys_values, mask)
-        if (
-            prompt is not None
-        ):  # all tokens of a prompt's M responses are queries side by side: nothing is copied
+        if prompt is not None:
+            # All tokens of a prompt's M responses are queries side by side: nothing is copied.
             y = self.cross_norm(x).reshape(len(prompt[0]), -1, x.shape[-1])  # [B, M T, D]
             x = x + self.cross(y, prompt, prompt_mask).view_as(x)
         y = self.mlp_norm(x)
@@ -330,7 +367,7 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """Encoder or decoder: blocks, one table of relative positions for all of them, a norm at the end."""
+    """Encoder or decoder: blocks, one table of relative positions for all, a norm at the end."""
 
     def __init__(self, config: T5Config, decoder: bool):
         super().__init__()
@@ -339,8 +376,11 @@ class T5Stack(nn.Module):
         self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
 
-    def bias(self, T: int):
-        """What attention adds to its scores [1, H, T, T]: learned by relative position; -inf ahead of a decoder's query."""
+    def bias(self, T: int) -> Tensor:
+        """What attention adds to its scores [1, H, T, T], learned by relative position.
+
+        Ahead of a decoder's query it is -inf.
+        """
         place = torch.arange(T, device=self.positions.weight.device)
         relative = place - place[:, None]  # [T query, T key]
         bias = self.positions(position_bucket(relative, not self.decoder)).permute(2, 0, 1)[None]
@@ -348,20 +388,23 @@ class T5Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """T5 v1.1: RMSNorm, no biases, gated GELU, relative positions, untied head. The encoder reads the prompt once.
+    """T5 v1.1: RMSNorm, no biases, gated GELU, relative positions, untied head.
 
-    >>> model = T5(T5Config(vocab_size=11, layers=1, heads=2, width=8, head_width=4, mlp_width=16, eos=10, start=11))
+    The encoder reads the prompt once.
+
+    >>> size = dict(layers=1, heads=2, width=8, head_width=4, mlp_width=16)
+    >>> model = T5(T5Config(vocab_size=11, **size, eos=10, start=11))
     >>> prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
-    >>> model(prompt, mask, torch.tensor([[[4, 10], [5, 10]]])).shape      # B = 1 prompt, M = 2 responses of R = 2 tokens
+    >>> responses = torch.tensor([[[4, 10], [5, 10]]])  # B = 1 prompt, M = 2, R = 2 tokens
+    >>> model(prompt, mask, responses).shape
     torch.Size([1, 2, 2, 11])
     """
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(
-            max(config.vocab_size, config.start + 1), config.width
-        )  # of encoder and decoder
+        tokens = max(config.vocab_size, config.start + 1)
+        self.shared = nn.Embedding(tokens, config.width)  # of encoder and decoder
         self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         D, d = config.width, config.head_width
@@ -375,49 +418,52 @@ class T5(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=std.get(name.split(".")[-2], D**-0.5))
 
-    def encode(self, prompt_ids, prompt_mask):
-        """States of the prompt's own tokens, [B, S, D]; those of padding are to be masked by the reader."""
+    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """States [B, S, D] of the prompt's own tokens; the reader masks those of padding."""
         x = self.shared(prompt_ids)
-        mask = self.encoder.bias(prompt_ids.shape[1]).masked_fill(
-            ~prompt_mask[:, None, None], -torch.inf
-        )  # [B, H, S, S]
+        padding = ~prompt_mask[:, None, None]  # [B, 1, 1, S]
+        mask = self.encoder.bias(prompt_ids.shape[1]).masked_fill(padding, -torch.inf)
         for block in self.encoder.blocks:
             x = block(x, mask)
         return self.encoder.norm(x)
 
-    def hidden(self, prompt_ids, prompt_mask, response_ids):
-        """States that predict each response token; the decoder reads the start token and the response but its last.
+    def hidden(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
+        """States that predict each response token.
 
-        Args: prompt_ids, prompt_mask [B, S] (at least one real token a row); response_ids [B, M, R]. Returns: [B, M, R, D].
+        The decoder reads the start token, and the response without its last token.
+
+        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R].
+        Returns: [B, M, R, D].
         """
         B, M, R = response_ids.shape
         states = self.encode(prompt_ids, prompt_mask)
         start = response_ids.new_full((B, M, 1), self.config.start)
-        y = self.shared(torch.cat([start, response_ids[..., :-1]], -1)).flatten(
-            0, 1
-        )  # [B * M, R, D]
+        ids = torch.cat([start, response_ids[..., :-1]], -1)  # [B, M, R]
+        y = self.shared(ids).flatten(0, 1)  # [B * M, R, D]
         mask = self.decoder.bias(R)
         for block in self.decoder.blocks:
             y = block(y, mask, block.cross.keys_values(states), prompt_mask[:, None, None])
         return self.decoder.norm(y).unflatten(0, (B, M))
 
-    def head(self, states):
+    def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]."""
         return self.lm_head(states)
 
-    def forward(self, prompt_ids, prompt_mask, response_ids):
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
         """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
         return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
 
-    def decode(self, prompt_ids, prompt_mask, M: int, max_tokens: int):
-        """As GPT.decode: the first logits [B * M, V], and step(ids, rows) -> logits [len(rows), V]."""
+    def decode(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, M: int, max_tokens: int
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        """As `GPT.decode`: first logits [B * M, V], step(ids, rows) -> logits [len(rows), V]."""
         states = self.encode(prompt_ids, prompt_mask).repeat_interleave(M, 0)  # [B * M, S, D]
         prompts = [block.cross.keys_values(states) for block in self.decoder.blocks]
         prompt_mask = prompt_mask.repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S]
         cache = [SamplingCache(k[:, :, :0], v[:, :, :0], 1, max_tokens) for k, v in prompts]
         bias = self.decoder.bias(max_tokens)
 
-        def step(ids, rows=None):
+        def step(ids: Tensor, rows: Tensor | None = None) -> Tensor:
             nonlocal prompts, prompt_mask
             if rows is not None:
                 prompts, prompt_mask = [(k[rows], v[rows]) for k, v in prompts], prompt_mask[rows]
@@ -431,44 +477,48 @@ class T5(nn.Module):
         return step(torch.full((len(states),), self.config.start, device=states.device)), step
 
 
-# -------------------------------------------------------------------------------------------- value network, scoring, sampling
+# ----------------------------------------------------------------- value network, scoring, sampling
 
 
 class ValueNetwork(nn.Module):
-    """V(x) of DRO: a linear head on the mean of the prompt's states, padding left out. It never sees a response.
+    """V(x) of DRO: a linear head on the mean of the prompt's states, padding left out.
 
-    The head starts at zero, so V starts at 0, the mean of the normalised rewards.
+    It never sees a response. The head starts at zero, so V starts at 0, the mean of the normalised
+    rewards.
 
-    >>> value = ValueNetwork(GPT(GPTConfig(vocab_size=11, context=16, layers=1, heads=2, width=8, eos=10)))
-    >>> value(torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[True, True, True], [True, True, False]])).shape
-    torch.Size([2])
+    >>> size = GPTConfig(vocab_size=11, context=16, layers=1, heads=2, width=8, eos=10)
+    >>> prompt_ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    >>> prompt_mask = torch.tensor([[True, True, True], [True, True, False]])
+    >>> ValueNetwork(GPT(size))(prompt_ids, prompt_mask)
+    tensor([0., 0.], grad_fn=<SelectBackward0>)
     """
 
-    def __init__(self, backbone):
+    def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.value_head = nn.Linear(backbone.config.width, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, prompt_ids, prompt_mask):
+    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """V [B], float32, in units of the reward, of prompts [B, S]."""
         states = self.backbone.encode(prompt_ids, prompt_mask).float()
         total = torch.where(prompt_mask[..., None], states, 0.0).sum(1)  # [B, D]
         return self.value_head(total / prompt_mask.sum(1, keepdim=True)).float()[:, 0]
 
 
-def response_logps(model, batch, allowed=None):
+def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) -> Tensor:
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of every response, EOS included where it has one.
 
-    Args: model: see the top of this file; batch: prompt_ids, prompt_mask [B, S], response_ids, response_mask [B, M, R];
-        allowed: [R', V] bool with R' >= R, the tokens possible at each place (the rest have probability 0), or None.
+    Args: model: see the top of this file;
+        batch: has prompt_ids, prompt_mask [B, S], response_ids, response_mask [B, M, R];
+        allowed: [R', V] bool with R' >= R, the tokens possible at each place (the rest have
+        probability 0), or None.
     Returns: [B, M] float32, natural logs; 0 for an empty candidate slot.
     """
     mask = batch.response_mask
-    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[
-        mask
-    ]  # [n, D], real tokens alone
+    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    states = states[mask]  # [n, D], real tokens alone
     logits = model.head(states).float()  # [n, V]
     if allowed is not None:
         place = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)[mask]
@@ -479,24 +529,27 @@ def response_logps(model, batch, allowed=None):
 
 @torch.no_grad()
 def sample(
-    model,
-    prompt_ids,
-    prompt_mask,
-    M,
-    max_tokens,
-    generator,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    allowed=None,
-):
-    """Draw M responses of every prompt, token by token; the prompt is read once, and its cache serves all M.
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    M: int,
+    max_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw M responses of every prompt, token by token.
 
-    Args: prompt_ids, prompt_mask [B, S]; generator: torch.Generator of the model's device; temperature: divides the logits;
-        top_k: keep the k likeliest tokens (0: all); top_p: keep the fewest tokens whose probabilities reach p (1: all);
-        allowed: [max_tokens, V] bool, the tokens possible at each place, or None.
-    Returns: response_ids, response_mask [B, M, R], R <= max_tokens. EOS is inside the mask; a response that never
-        reached it has none, and what follows an EOS is EOS, outside the mask.
+    The prompt is read once, and its cache serves all M.
+
+    Args: prompt_ids, prompt_mask [B, S]; generator: of the model's device; temperature: divides the
+        logits; top_k: keep the k likeliest tokens (0: all); top_p: keep the fewest tokens whose
+        probabilities reach p (1: all); allowed: [max_tokens, V] bool, the tokens possible at each
+        place, or None.
+    Returns: response_ids, response_mask [B, M, R], R <= max_tokens. EOS is inside the mask; a
+        response that never reached it has none, and what follows an EOS is EOS, outside the mask.
     """
     eos, B = model.config.eos, len(prompt_ids)
     logits, step = model.decode(prompt_ids, prompt_mask, M, max_tokens)
@@ -504,9 +557,8 @@ def sample(
     mask = torch.zeros(B * M, max_tokens, dtype=torch.bool, device=logits.device)
     alive = torch.arange(B * M, device=logits.device)  # the responses that `logits` belongs to
     for t in range(max_tokens):
-        probs = next_token_probs(
-            logits.float() / temperature, top_k, top_p, None if allowed is None else allowed[t]
-        )
+        here = None if allowed is None else allowed[t]
+        probs = next_token_probs(logits.float() / temperature, top_k, top_p, here)
         cdf = probs.double().cumsum(-1)  # [alive, V]; a token whose probability is 0 is never drawn
         u = torch.rand(len(cdf), 1, dtype=torch.float64, generator=generator, device=cdf.device)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
@@ -525,9 +577,14 @@ def sample(
     return tuple(x[:, : t + 1].unflatten(0, (B, M)) for x in (ids, mask))
 
 
-def next_token_probs(logits, top_k=0, top_p=1.0, allowed=None):
-    """softmax [N, V] of logits [N, V] over the allowed tokens [V], cut to the top_k likeliest and to the nucleus top_p
-    (what is cut is 0; the rest is not normalised anew)."""
+def next_token_probs(
+    logits: Tensor, top_k: int = 0, top_p: float = 1.0, allowed: Tensor | None = None
+) -> Tensor:
+    """softmax [N, V] of logits [N, V], cut to the tokens that may be drawn.
+
+    Those are the allowed ones [V], of these the top_k likeliest, of these the nucleus top_p. What
+    is cut is 0; the rest is not normalised anew.
+    """
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if top_k:
@@ -536,9 +593,7 @@ def next_token_probs(logits, top_k=0, top_p=1.0, allowed=None):
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, index = probs.sort(descending=True)
-        cut = (
-            ordered.cumsum(-1) - ordered >= top_p
-        )  # the likelier tokens hold p already; the likeliest is always kept
-        cut[:, 0] = False
+        cut = ordered.cumsum(-1) - ordered >= top_p  # the likelier tokens hold p already
+        cut[:, 0] = False  # the likeliest is always kept
         probs = probs.masked_fill(torch.zeros_like(cut).scatter(-1, index, cut), 0.0)
     return probs
