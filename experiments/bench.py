@@ -1,21 +1,27 @@
-"""What does reading the prompt once save? Time and memory of an update, and of sampling with the cache.
+"""What does reading the prompt once save? Time and memory of an update, and of cached sampling.
 
-    python -m experiments.bench --quick                     one shape, the default model, 3 pairs: well under a minute on two cores
-    python -m experiments.bench                             default and 5 M model, four shapes, 15 pairs
+    python -m experiments.bench --quick                     one shape, the default model, 3 pairs:
+                                                            well under a minute on two cores
+    python -m experiments.bench                             default and 5 M model, four shapes,
+                                                            15 pairs
     python -m experiments.bench --model gpt2 --device cuda  the 124 M GPT-2 size
 
-`once` is an update (forward and backward, no optimiser) as the project does it: the prompt read once, its M responses attend
-to it. `repeated` is the same model given B * M prompts with one response each; the head sees response positions alone in both.
-They run in turn (pairs: once, repeated, repeated, once, ...); shown are the median and, in brackets, the quartiles, of each
-time and of the ratio pair by pair. Prompts and responses have their full length, so nothing is padding.
+`once` is an update (forward and backward, no optimiser) as the project does it: the prompt read
+once, its M responses attend to it. `repeated` is the same model given B * M prompts with one
+response each; the head sees response positions alone in both. They run in turn (pairs: once,
+repeated, repeated, once, ...); shown are the median and, in brackets, the quartiles, of each time
+and of the ratio pair by pair. Prompts and responses have their full length, so nothing is padding.
 
-The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the measured ratio over it. `FLOPs`
-is the ratio of all operations: the head meets the same responses in both, so a large vocabulary makes it smaller. `peak` is
-useful_flops / seconds as a share of this machine's own float32 matrix product, measured first. `MB` is the peak memory of an
-update above what the process held before it, each variant in a process of its own: the resident set on a CPU (ru_maxrss),
-torch's allocator on a GPU. Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
-response read again for every one. Times are worth something on an idle machine only: the load at the start is printed.
-Writes out/bench.json.
+The token ratio M (S + R) / (S + M R) is what the reading alone would save; `reached` is the
+measured ratio over it. `FLOPs` is the ratio of all operations: the head meets the same responses in
+both, so a large vocabulary makes it smaller. `peak` is useful_flops / seconds as a share of this
+machine's own float32 matrix product, measured first. `MB` is the peak memory of an update above
+what the process held before it, each variant in a process of its own: the resident set on a CPU
+(ru_maxrss), torch's allocator on a GPU.
+
+Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
+response read again for every one. Times are worth something on an idle machine only: the load at
+the start is printed. Writes out/bench.json.
 """
 
 import argparse
@@ -26,10 +32,13 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import data
 import model as models
@@ -38,16 +47,12 @@ SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
-    "gpt2": (
-        1,
-        15,
-        {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768},
-    ),
+    "gpt2": (1, 15, dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)),
 }
 
 
-def token_ratio(M, S, R):
-    """M (S + R) / (S + M R): tokens read with the prompt repeated over tokens read with the prompt read once.
+def token_ratio(M: int, S: int, R: int) -> float:
+    """M (S + R) / (S + M R): tokens read with the prompt repeated, over those with it read once.
 
     >>> token_ratio(8, 256, 32)
     4.5
@@ -55,64 +60,70 @@ def token_ratio(M, S, R):
     return M * (S + R) / (S + M * R)
 
 
-def useful_flops(config, B, M, S, R):
-    """Floating-point operations that an update of B lists cannot do without (2 a multiply-add; backward = 2 x forward).
+def useful_flops(config: models.GPTConfig, B: int, M: int, S: int, R: int) -> float:
+    """Floating-point operations that an update of B lists cannot do without.
 
         B (6 W T + 6 V D (1 + M (R - 1)) + 12 L D A)
 
-    T = S + M (R - 1) tokens read (a response's last token predicts nothing), W = 12 L D^2 weights of the blocks' matrices,
-    V D weights of the head, which sees the M (R - 1) response tokens and the last of the prompt, and
-    A = S (S + 1) / 2 + M ((R - 1) S + (R - 1) R / 2) pairs (query, key) under the causal mask, 2 D multiply-adds each.
+    A multiply-add counts 2, and backward is 2 x forward.
+    W = 12 L D^2 weights of the blocks' matrices
+    T = S + M (R - 1) tokens read (a response's last token predicts nothing)
+    V D weights of the head, which sees the M (R - 1) response tokens and the last of the prompt
+    A = S (S + 1) / 2 + M ((R - 1) S + (R - 1) R / 2) pairs (query, key) under the causal mask, of
+        2 D multiply-adds each
     """
     L, D, V, own = config.layers, config.width, config.vocab_size, M * (R - 1)
     A = S * (S + 1) / 2 + own * S + own * R / 2
     return B * (6 * 12 * L * D**2 * (S + own) + 6 * V * D * (1 + own) + 12 * L * D * A)
 
 
-def setup(name, shape, device, B=None):
-    """A model, and a batch of B random lists of full length twice: as it is, and with every prompt repeated M times."""
+def setup(
+    name: str, shape: tuple[int, int, int], device: str, B: int | None = None
+) -> tuple[models.GPT, data.Batch, data.Batch]:
+    """A model, and a batch of B random lists of full length twice: with every prompt once, and
+    with every prompt repeated M times."""
     (M, S, R), (default_B, _, size) = shape, MODELS[name]
     B = B or default_B
     torch.manual_seed(0)
-    config = models.GPTConfig(
-        **{"context": max(models.GPTConfig.context, S + R), "eos": -1} | size
-    )  # no token ends a response
+    context = max(models.GPTConfig.context, S + R)
+    config = models.GPTConfig(**{"context": context, "eos": -1} | size)  # no token ends a response
     model = models.GPT(config).to(device)
-    prompts, responses = (
-        torch.randint(config.vocab_size, size, device=device) for size in ((B, S), (B, M, R))
+    prompts = torch.randint(config.vocab_size, (B, S), device=device)
+    responses = torch.randint(config.vocab_size, (B, M, R), device=device)
+    once = full_batch(prompts, responses)
+    repeated = full_batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None])
+    return model, once, repeated
+
+
+def full_batch(prompts: Tensor, responses: Tensor) -> data.Batch:
+    """Prompts [B, S] and responses [B, M, R] without padding; all rewards 0."""
+    ones = lambda shape: torch.ones(shape, dtype=torch.bool, device=prompts.device)
+    lists = responses.shape[:2]  # B, M
+    return data.Batch(
+        prompts,
+        ones(prompts.shape),
+        responses,
+        ones(responses.shape),
+        ones(lists),
+        torch.zeros(lists, device=prompts.device),
     )
 
-    def batch(prompts, responses):
-        ones = lambda *size: torch.ones(size, dtype=torch.bool, device=device)
-        rows, M, R = responses.shape
-        return data.Batch(
-            prompts,
-            ones(rows, S),
-            responses,
-            ones(rows, M, R),
-            ones(rows, M),
-            torch.zeros(rows, M, device=device),
-        )
 
-    return (
-        model,
-        batch(prompts, responses),
-        batch(prompts.repeat_interleave(M, 0), responses.flatten(0, 1)[:, None]),
-    )
-
-
-def update(model, batch):
+def update(model: nn.Module, batch: data.Batch) -> None:
     """Forward and backward, from no gradients to gradients."""
     model.zero_grad()
     models.response_logps(model, batch).mean().backward()
 
 
 @torch.no_grad()
-def disagreement(model, once, repeated):
-    """Largest difference between the two variants' log-probs, in nats. Raises: ValueError where they score differently."""
-    a, b = models.response_logps(model, once), models.response_logps(model, repeated)
-    worst = (a.flatten() - b.flatten()).abs().max().item()
-    if not worst < 1e-5 * b.abs().max().item():
+def disagreement(model: nn.Module, once: data.Batch, repeated: data.Batch) -> float:
+    """Largest difference between the two variants' log-probs, in nats.
+
+    Raises: ValueError where they score differently.
+    """
+    logps, again = models.response_logps(model, once), models.response_logps(model, repeated)
+    worst = (logps.flatten() - again.flatten()).abs().max().item()
+    if not worst < 1e-5 * again.abs().max().item():
         raise ValueError(
             f"the two variants' log-probs differ by {worst} nats: there is nothing to compare"
         )
@@ -120,12 +131,21 @@ def disagreement(model, once, repeated):
 
 
 @torch.no_grad()
-def sample_uncached(model, prompt_ids, prompt_mask, M, max_tokens, generator):
-    """models.sample without its cache: prompt and response are read again for every token. Returns response_ids [B, M, R]."""
+def sample_uncached(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    M: int,
+    max_tokens: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """models.sample without its cache: prompt and response are read again for every token.
+
+    Returns: response_ids [B, M, R].
+    """
     B = len(prompt_ids)
-    prompt_ids, prompt_mask = (
-        x.repeat_interleave(M, 0) for x in (prompt_ids, prompt_mask)
-    )  # [B * M, S]
+    prompt_ids = prompt_ids.repeat_interleave(M, 0)  # [B * M, S]
+    prompt_mask = prompt_mask.repeat_interleave(M, 0)
     ids = torch.zeros(B * M, 1, max_tokens, dtype=torch.long, device=prompt_ids.device)
     for t in range(max_tokens):
         states = model.hidden(prompt_ids, prompt_mask, ids[..., : t + 1])[:, 0, t]  # [B * M, D]
@@ -135,82 +155,103 @@ def sample_uncached(model, prompt_ids, prompt_mask, M, max_tokens, generator):
     return ids.view(B, M, max_tokens)
 
 
-def timed(f, device):
-    """Seconds of f()."""
+def timed(call: Callable, device: str) -> float:
+    """Seconds of call()."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    f()
+    call()
     wait()
     return time.perf_counter() - began
 
 
-def timed_pairs(f, g, pairs, device):
-    """Seconds of f and of g, `pairs` times each, in turn and with the order turned round every time; one unmeasured run first."""
-    f(), g()
+def timed_pairs(
+    first: Callable, second: Callable, pairs: int, device: str
+) -> tuple[list[float], list[float]]:
+    """Seconds of first() and of second(), `pairs` times each, after one run that is not measured.
+
+    They run in turn, and the order is turned round every time.
+    """
+    first(), second()
     times = [], []
     for i in range(pairs):
-        for k in (0, 1) if i % 2 == 0 else (1, 0):
-            times[k].append(timed((f, g)[k], device))
+        for which in (0, 1) if i % 2 == 0 else (1, 0):
+            times[which].append(timed((first, second)[which], device))
     return times
 
 
-def quartiles(x):
+def quartiles(values: Sequence[float]) -> list[float]:
     """[first quartile, median, third quartile]; a single number is all three."""
-    return statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else [x[0]] * 3
+    if len(values) == 1:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def peak_flops(device):
+def peak_flops(device: str) -> float:
     """The most floating-point operations a second of a few large float32 matrix products."""
     best = 0.0
     for n in (1024, 2048) if device == "cpu" else (4096, 8192):
-        a, b = torch.rand(2, n, n, device=device)
-        best = max(best, *(2 * n**3 / timed(lambda: a @ b, device) for _ in range(8)))  # noqa: B023 (called at once)
+        left, right = torch.rand(2, n, n, device=device)
+        product = lambda left=left, right=right: left @ right
+        best = max(best, *(2 * n**3 / timed(product, device) for _ in range(8)))
     return best
 
 
-def memory_of(name, shape, device, which):
-    """Peak memory of two updates above what was held before, in MB. Call it in a fresh process (see `in_own_process`)."""
+def peak_memory(device: str) -> float:
+    """The most memory that this process has held so far, in MB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-    def now():
-        if device == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
 
+def memory_of(name: str, shape: tuple[int, int, int], device: str, which: int) -> float:
+    """Peak memory of two updates above what was held before, in MB.
+
+    Call it in a fresh process (see `in_own_process`). which: 0 once, 1 repeated.
+    """
     prepare(device)
     model, *batches = setup(name, shape, device)
-    before = now()
+    before = peak_memory(device)
     for _ in range(2):
         update(model, batches[which])
-    return now() - before
+    return peak_memory(device) - before
 
 
-def in_own_process(f, *args):
-    """f(*args) in a new process. The parent must be small still: a child's ru_maxrss starts at its parent's resident set."""
+def in_own_process(call: Callable, *args: Any) -> Any:
+    """call(*args) in a new process.
+
+    The parent must be small still: a child's ru_maxrss starts at its parent's resident set.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(f, *args).result()
+        return pool.submit(call, *args).result()
 
 
-def prepare(device):
+def prepare(device: str) -> None:
     """What train.main sets: plain float32 products, and on a CPU no subnormal numbers."""
     torch.set_float32_matmul_precision("highest")
     if device == "cpu":
         torch.set_flush_denormal(True)
 
 
-def measure(name, shape, device, pairs, peak, sampling=False):
-    """One row of the table, as a dict; see the top of this file. sampling: time models.sample and `sample_uncached` too."""
+def measure(
+    name: str,
+    shape: tuple[int, int, int],
+    device: str,
+    pairs: int,
+    peak: float,
+    sampling: bool = False,
+) -> dict[str, Any]:
+    """One row of the table, as a dict; see the top of this file.
+
+    sampling: time models.sample and `sample_uncached` too.
+    """
     model, once, repeated = setup(name, shape, device)
     (B, S), (M, _, R) = once.prompt_ids.shape, shape
     row = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "B": B,
-        "M": M,
-        "S": S,
-        "R": R,
+        **{"B": B, "M": M, "S": S, "R": R},
         "pairs": pairs,
         "disagreement": disagreement(model, once, repeated),
     }
@@ -229,16 +270,14 @@ def measure(name, shape, device, pairs, peak, sampling=False):
         "peak_repeated": flops / row["repeated"][1] / peak,
     }
     if sampling:
-        draw = lambda f: f(
-            model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator(device).manual_seed(0)
-        )
+
+        def draw(sampler: Callable) -> Tensor:
+            generator = torch.Generator(device).manual_seed(0)
+            return sampler(model, once.prompt_ids, once.prompt_mask, M, R, generator)
+
         row["sampling_pairs"] = min(pairs, 3)
-        times = timed_pairs(
-            lambda: draw(models.sample),
-            lambda: draw(sample_uncached),
-            row["sampling_pairs"],
-            device,
-        )
+        cached, uncached = lambda: draw(models.sample), lambda: draw(sample_uncached)
+        times = timed_pairs(cached, uncached, row["sampling_pairs"], device)
         row |= {
             "sampled_cached": quartiles([B * M * R / s for s in times[0]]),
             "sampled_uncached": quartiles([B * M * R / s for s in times[1]]),
@@ -246,53 +285,52 @@ def measure(name, shape, device, pairs, peak, sampling=False):
     return row
 
 
-def spread(q, scale=1, digits=2):
+def spread(values: Sequence[float], scale: float = 1, digits: int = 2) -> str:
     """Quartiles as text: median [first, third]."""
-    return f"{q[1] * scale:.{digits}f} [{q[0] * scale:.{digits}f} {q[2] * scale:.{digits}f}]"
+    first, median, third = (f"{value * scale:.{digits}f}" for value in values)
+    return f"{median} [{first} {third}]"
 
 
 COLUMNS = [  # title, width, text of a row
-    ("model", 8, lambda r: r["model"]),
-    ("B", 3, lambda r: r["B"]),
-    ("M", 3, lambda r: r["M"]),
-    ("S", 4, lambda r: r["S"]),
-    ("R", 3, lambda r: r["R"]),
-    ("ms once", 20, lambda r: spread(r["once"], 1e3, 0)),
-    ("ms repeated", 20, lambda r: spread(r["repeated"], 1e3, 0)),
-    ("repeated / once", 18, lambda r: spread(r["ratio"])),
-    ("tokens", 7, lambda r: f"{r['token_ratio']:.2f}"),
-    ("FLOPs", 7, lambda r: f"{r['flops_ratio']:.2f}"),
-    ("reached", 8, lambda r: f"{r['reached']:.0%}"),
-    ("peak once", 10, lambda r: f"{r['peak_once']:.0%}"),
-    ("rep.", 5, lambda r: f"{r['peak_repeated']:.0%}"),
-    ("MB once", 8, lambda r: f"{r['memory_once']:.0f}"),
-    ("rep.", 6, lambda r: f"{r['memory_repeated']:.0f}"),
+    ("model", 8, lambda row: row["model"]),
+    ("B", 3, lambda row: row["B"]),
+    ("M", 3, lambda row: row["M"]),
+    ("S", 4, lambda row: row["S"]),
+    ("R", 3, lambda row: row["R"]),
+    ("ms once", 20, lambda row: spread(row["once"], 1e3, 0)),
+    ("ms repeated", 20, lambda row: spread(row["repeated"], 1e3, 0)),
+    ("repeated / once", 18, lambda row: spread(row["ratio"])),
+    ("tokens", 7, lambda row: f"{row['token_ratio']:.2f}"),
+    ("FLOPs", 7, lambda row: f"{row['flops_ratio']:.2f}"),
+    ("reached", 8, lambda row: f"{row['reached']:.0%}"),
+    ("peak once", 10, lambda row: f"{row['peak_once']:.0%}"),
+    ("rep.", 5, lambda row: f"{row['peak_repeated']:.0%}"),
+    ("MB once", 8, lambda row: f"{row['memory_once']:.0f}"),
+    ("rep.", 6, lambda row: f"{row['memory_repeated']:.0f}"),
 ]
 
 
-def show(row):
+def show(row: dict[str, Any]) -> str:
     """A row of the table as text, and under it what sampling took."""
     line = "".join(f"{text(row)!s:>{width}}" for _, width, text in COLUMNS)
     if "sampled_cached" in row:
         line += (
-            f"\n    sampling here, {row['sampling_pairs']} pairs: {spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
+            f"\n    sampling here, {row['sampling_pairs']} pairs: "
+            f"{spread(row['sampled_cached'], 1, 0)} tokens/s with the cache, "
             f"{spread(row['sampled_uncached'], 1, 0)} without"
         )
     return line
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write out/bench.json. Returns what is written."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", nargs="+", choices=MODELS, help="default: default and 5m")
     parser.add_argument("--pairs", type=int, help="timed pairs; default 15, with --quick 3")
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        help="M,S,R; default " + " ".join("{},{},{}".format(*s) for s in SHAPES),
-    )
+    default_shapes = " ".join("{},{},{}".format(*shape) for shape in SHAPES)
+    parser.add_argument("--shapes", nargs="+", help=f"M,S,R; default {default_shapes}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--quick",
@@ -301,10 +339,10 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     try:
-        shapes = [tuple(map(int, s.split(","))) for s in args.shapes or []] or SHAPES[
-            : 1 if args.quick else None
-        ]
-        if any(len(s) != 3 or min(s) < 1 for s in shapes):
+        shapes = SHAPES[:1] if args.quick else SHAPES
+        if args.shapes:
+            shapes = [tuple(map(int, text.split(","))) for text in args.shapes]
+        if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
             raise ValueError
     except ValueError:
         parser.error("--shapes: expected M,S,R, three whole numbers above 0, such as 8,64,16")
@@ -312,28 +350,23 @@ def main(argv=None):
         parser.error(f"--pairs {args.pairs}: expected 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    cases = [
-        (name, shape)
-        for name in args.model or (["default"] if args.quick else ["default", "5m"])
-        for shape in shapes
-    ]
+    names = args.model or (["default"] if args.quick else ["default", "5m"])
+    cases = [(name, shape) for name in names for shape in shapes]
 
-    load = os.getloadavg()[
-        0
-    ]  # programs that run already: they share the cores, and spoil the times
+    # Programs that run already share the cores, and spoil the times.
+    load = os.getloadavg()[0]
     memory = {  # first, while this process is small
         case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)]
         for case in cases
     }
     prepare(args.device)
     peak = peak_flops(args.device)
-    device_name = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    device_name = f"CPU, {torch.get_num_threads()} threads"
+    if args.device == "cuda":
+        device_name = torch.cuda.get_device_name()
     print(
-        f"torch {torch.__version__}, {device_name}, load {load:.1f}; float32 product {peak / 1e9:.0f} GFLOP/s"
+        f"torch {torch.__version__}, {device_name}, load {load:.1f}; "
+        f"float32 product {peak / 1e9:.0f} GFLOP/s"
     )
     print("".join(f"{title:>{width}}" for title, width, _ in COLUMNS))
     rows = []
@@ -343,13 +376,10 @@ def main(argv=None):
         row |= dict(zip(("memory_once", "memory_repeated"), memory[name, shape]))
         rows.append(row)
         print(show(row), flush=True)
-    print(
-        "pairs: "
-        + ", ".join(
-            f"{row['model']} {row['pairs']}" for row in {row["model"]: row for row in rows}.values()
-        )
-        + f"; largest disagreement of a log-prob {max(row['disagreement'] for row in rows):.0e} nats"
-    )
+    pairs_of = {row["model"]: row["pairs"] for row in rows}
+    counts = ", ".join(f"{name} {count}" for name, count in pairs_of.items())
+    worst = max(row["disagreement"] for row in rows)
+    print(f"pairs: {counts}; largest disagreement of a log-prob {worst:.0e} nats")
     result = {
         "torch": torch.__version__,
         "device": device_name,
