@@ -1,6 +1,7 @@
-"""The formulas once more, in float64 numpy, written from the papers: the judge of lire.py, dro.py and data.py.
+"""The formulas once more, in float64 numpy, written from the papers.
 
-Everything works on one list at a time (s, r: [M]), so no mask can be forgotten here.
+The judge of lire.py, dro.py, baselines.py and data.py. Everything works on one list at a time
+(logps, rewards: [M]), so no mask can be forgotten here.
 """
 
 import re
@@ -10,84 +11,92 @@ import numpy as np
 
 
 def softmax(x):
-    e = np.exp(x - np.max(x))
-    return e / e.sum()
+    odds = np.exp(x - np.max(x))
+    return odds / odds.sum()
 
 
 # LIRE (arXiv 2405.13516)
 
 
-def candidate_probs(s, T):
+def candidate_probs(logps, T):
     """Eq. 4."""
-    return softmax(np.asarray(s, float) / T)
+    return softmax(np.asarray(logps, float) / T)
 
 
-def transform_rewards(r, how):
-    r = np.asarray(r, float)
+def transform_rewards(rewards, how):
+    rewards = np.asarray(rewards, float)
     if how == "softmax":
-        return softmax(r)
+        return softmax(rewards)
     if how == "zscore":
-        return np.zeros_like(r) if np.ptp(r) == 0 else (r - np.mean(r)) / np.std(r)
-    return r
+        if np.ptp(rewards) == 0:
+            return np.zeros_like(rewards)
+        return (rewards - np.mean(rewards)) / np.std(rewards)
+    return rewards
 
 
-def lire_loss(s, R, T):
+def lire_loss(logps, R, T):
     """Eq. 5."""
-    return -np.dot(candidate_probs(s, T), R)
+    return -np.dot(candidate_probs(logps, T), R)
 
 
-def lire_grad(s, R, T):
-    """d loss / d s_j = -(1/T) P_j (R_j - sum_m P_m R_m)."""
-    P = candidate_probs(s, T)
+def lire_grad(logps, R, T):
+    """d loss / d logps_j = -(1/T) P_j (R_j - sum_m P_m R_m)."""
+    P = candidate_probs(logps, T)
     return np.array([-(P[j] / T) * (R[j] - np.dot(P, R)) for j in range(len(P))])
 
 
-def sft_loss(s, lengths, r):
+def sft_loss(logps, lengths, rewards):
     """Mean negative log-likelihood of a token of the first best-rewarded response."""
-    best = next(j for j in range(len(r)) if r[j] == max(r))
-    return -s[best] / lengths[best]
+    best = next(j for j in range(len(rewards)) if rewards[j] == max(rewards))
+    return -logps[best] / lengths[best]
 
 
-def mrt_risk(p, risks, alpha):
-    """Minimum risk training (Shen et al. 2016): expected risk under Q_j = p_j^alpha / sum_m p_m^alpha."""
-    Q = np.asarray(p, float) ** alpha
+def mrt_risk(probs, risks, alpha):
+    """Minimum risk training (Shen et al. 2016): expected risk under Q.
+
+    Q_j = p_j^alpha / sum_m p_m^alpha
+    """
+    Q = np.asarray(probs, float) ** alpha
     return np.dot(Q / Q.sum(), risks)
 
 
-def finite_differences(f, x, h=1e-5):
-    """Central differences of the scalar function f at x."""
+def finite_differences(function, x, step=1e-5):
+    """Central differences of a scalar function at x."""
     x = np.asarray(x, float)
-    return np.array([(f(x + h * unit) - f(x - h * unit)) / (2 * h) for unit in np.eye(len(x))])
+    moves = [step * unit for unit in np.eye(len(x))]
+    return np.array([(function(x + move) - function(x - move)) / (2 * step) for move in moves])
 
 
 # DRO (arXiv 2405.19107): the reference is given as probabilities over an enumerated set
 
 
-def optimal_value(ref, r, tau):
+def optimal_value(ref, rewards, tau):
     """V* = tau log E_ref exp(r / tau)."""
-    top = np.max(r)
-    return top + tau * np.log(np.dot(ref, np.exp((np.asarray(r, float) - top) / tau)))
+    top = np.max(rewards)
+    return top + tau * np.log(np.dot(ref, np.exp((np.asarray(rewards, float) - top) / tau)))
 
 
-def optimal_policy(ref, r, tau):
+def optimal_policy(ref, rewards, tau):
     """Eq. 2."""
-    return np.asarray(ref) * np.exp((np.asarray(r, float) - optimal_value(ref, r, tau)) / tau)
+    advantages = np.asarray(rewards, float) - optimal_value(ref, rewards, tau)
+    return np.asarray(ref) * np.exp(advantages / tau)
 
 
-def tilt(ref, r, tau):
+def tilt(ref, rewards, tau):
     """The same policy without V*: reweight and normalise."""
-    return softmax(np.log(ref) + np.asarray(r, float) / tau)
+    return softmax(np.log(ref) + np.asarray(rewards, float) / tau)
 
 
-def dro_loss(s, ref, r, V, tau):
+def dro_loss(logps, ref, rewards, V, tau):
     """Eq. 4, response by response."""
-    return np.array([0.5 * (r[i] - V[i] - tau * (s[i] - ref[i])) ** 2 for i in range(len(s))])
+    residuals = [rewards[i] - V[i] - tau * (logps[i] - ref[i]) for i in range(len(logps))]
+    return np.array([0.5 * residual**2 for residual in residuals])
 
 
-def dro_p_loss(s, ref, r, tau):
-    """Appendix B: half the mean squared distance of two residuals drawn from the batch, over two."""
-    x = [r[i] - tau * (s[i] - ref[i]) for i in range(len(s))]
-    return np.mean([(a - b) ** 2 for a in x for b in x]) / 4
+def dro_p_loss(logps, ref, rewards, tau):
+    """Appendix B: half the mean squared distance of two residuals of the batch, over two."""
+    residuals = [rewards[i] - tau * (logps[i] - ref[i]) for i in range(len(logps))]
+    return np.mean([(a - b) ** 2 for a in residuals for b in residuals]) / 4
 
 
 def kto_loss(ratios, desirable, mismatched, beta):
@@ -116,39 +125,45 @@ def slic_loss(chosen, rejected, delta):
     return max(0.0, delta - chosen + rejected)
 
 
-def ranked(r):
+def ranked(rewards):
     """Indices from best to worst, equal ones as they stand."""
-    return sorted(range(len(r)), key=lambda j: -r[j])
+    return sorted(range(len(rewards)), key=lambda index: -rewards[index])
 
 
-def plackett_luce_loss(ratios, r, beta):
-    """The best is drawn first, then the best of the rest, and so on: minus the log of the product of these odds."""
-    order, p = ranked(r), 1.0
+def plackett_luce_loss(ratios, rewards, beta):
+    """The best is drawn first, then the best of the rest, and so on.
+
+    Minus the log of the product of these odds.
+    """
+    order, likelihood = ranked(rewards), 1.0
     while order:
-        p *= np.exp(beta * ratios[order[0]]) / sum(np.exp(beta * ratios[j]) for j in order)
+        odds = [np.exp(beta * ratios[index]) for index in order]
+        likelihood *= odds[0] / sum(odds)
         order = order[1:]
-    return -np.log(p)
+    return -np.log(likelihood)
 
 
-def rrhf_loss(s, lengths, r):
-    p = np.asarray(s, float) / np.asarray(lengths)
-    return sum(max(0.0, p[i] - p[j]) for i in range(len(r)) for j in range(len(r)) if r[i] < r[j])
+def rrhf_loss(logps, lengths, rewards):
+    scores = np.asarray(logps, float) / np.asarray(lengths)
+    pairs = [(i, j) for i in range(len(rewards)) for j in range(len(rewards))]
+    return sum(max(0.0, scores[i] - scores[j]) for i, j in pairs if rewards[i] < rewards[j])
 
 
-def pro_loss(s, lengths, r):
-    order, loss = ranked(r), 0.0
-    p, r = (np.asarray(s, float) / np.asarray(lengths))[order], np.asarray(r, float)[order]
-    for k in range(len(r) - 1):
-        inverse = [r[k] - r[i] for i in range(k + 1, len(r))]
-        own = np.exp(max(inverse) * p[k])
-        loss -= np.log(
-            own / (own + sum(np.exp(t * p[i]) for t, i in zip(inverse, range(k + 1, len(r)))))
-        )
+def pro_loss(logps, lengths, rewards):
+    order, loss = ranked(rewards), 0.0
+    scores = (np.asarray(logps, float) / np.asarray(lengths))[order]
+    rewards = np.asarray(rewards, float)[order]
+    for k in range(len(rewards) - 1):
+        worse = range(k + 1, len(rewards))
+        gaps = [rewards[k] - rewards[i] for i in worse]
+        own = np.exp(max(gaps) * scores[k])
+        others = sum(np.exp(gap * scores[i]) for gap, i in zip(gaps, worse))
+        loss -= np.log(own / (own + others))
     return loss
 
 
-def kl(p, q):
-    return sum(a * np.log(a / b) for a, b in zip(p, q) if a > 0)
+def kl(probs, ref):
+    return sum(a * np.log(a / b) for a, b in zip(probs, ref) if a > 0)
 
 
 def tau_at_kl(refs, rewards, K):
@@ -176,8 +191,11 @@ def merge(word, pair):
 
 
 def naive_bpe(texts, vocab_size, pattern):
-    """{token: rank}, one id of vocab_size left to EOS. The most frequent pair within the pre-tokens is joined, the
-    smallest (left bytes, right bytes) at a tie, until no pair occurs twice."""
+    """{token: rank}, one id of vocab_size left to EOS.
+
+    The most frequent pair within the pre-tokens is joined, at a tie the smallest (left bytes, right
+    bytes), until no pair occurs twice.
+    """
     words = [
         [bytes([b]) for b in piece.encode()]
         for text in texts
