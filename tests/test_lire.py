@@ -1,4 +1,7 @@
-"""LIRE against its formulas: closed forms, the oracle, invariants, poisoned padding, and wrong variants that must be caught."""
+"""LIRE against its formulas: closed forms, the oracle, invariants, poisoned padding.
+
+At the end stand wrong variants, which must be caught.
+"""
 
 import math
 
@@ -6,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from helpers import close, gradient
 
 import lire
 
@@ -15,7 +19,7 @@ LENGTHS_OF_LISTS = (7, 5, 3, 2, 1)  # B = 5 lists, padded to M = 7
 
 
 def make_lists(seed=0, padding=0.7):
-    """logps, rewards [B, M] in float64 and mask; `padding` stands in the slots without a candidate."""
+    """logps, rewards [B, M] in float64 and mask; `padding` stands where there is no candidate."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(7) < torch.tensor(LENGTHS_OF_LISTS)[:, None]
     logps = -6 + 2 * torch.randn(5, 7, generator=generator, dtype=torch.float64)
@@ -24,9 +28,13 @@ def make_lists(seed=0, padding=0.7):
 
 
 def judged(formula, mask, *tensors):
-    """The oracle's formula on each list's real candidates: [B] values, or [B, M] with 0 in the padded slots."""
+    """The oracle's formula on the real candidates of each list.
+
+    Returns [B] values, or [B, M] with 0 in the padded slots.
+    """
     lists = [
-        torch.as_tensor(formula(*(t[i, m].numpy() for t in tensors))) for i, m in enumerate(mask)
+        torch.as_tensor(formula(*(tensor[i, real].numpy() for tensor in tensors)))
+        for i, real in enumerate(mask)
     ]
     if lists[0].dim() == 0:
         return torch.stack(lists)
@@ -35,28 +43,18 @@ def judged(formula, mask, *tensors):
     return out
 
 
-def gradient(loss, logps, *rest):
-    logps = logps.detach().clone().requires_grad_()
-    return torch.autograd.grad(loss(logps, *rest).sum(), logps)[0]
-
-
-def close(a, b, tol=1e-9):
-    torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64),
-        torch.as_tensor(b, dtype=torch.float64),
-        rtol=tol,
-        atol=tol,
-    )
+def slopes(logps, R):
+    """The gradient of one list's loss by the oracle's finite differences."""
+    return oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), logps)
 
 
 def one_list(*rows):
     """Lists of numbers as float64 [1, M], and a mask without padding."""
-    return *(torch.tensor([row], dtype=torch.float64) for row in rows), torch.ones(
-        1, len(rows[0]), dtype=torch.bool
-    )
+    mask = torch.ones(1, len(rows[0]), dtype=torch.bool)
+    return *(torch.tensor([row], dtype=torch.float64) for row in rows), mask
 
 
-# ------------------------------------------------------------------------------------------------------------ closed forms
+# ------------------------------------------------------------------------------------- closed forms
 
 
 def test_worked_example_by_hand():
@@ -74,10 +72,9 @@ def test_worked_example_with_the_softmax_rewards_of_the_released_code():
     R = [math.e / z, 1 / z, 1 / (math.e * z)]
     close(lire.transform_rewards(r, mask, "softmax"), [R])
     numerator = math.exp(-3 / 2) * R[0] + math.exp(-5 / 2) * R[1] + math.exp(-4 / 2) * R[2]
-    close(
-        lire.lire_loss(s, torch.tensor([R], dtype=torch.float64), mask, T),
-        [-numerator / (math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2))],
-    )
+    denominator = math.exp(-3 / 2) + math.exp(-5 / 2) + math.exp(-4 / 2)
+    loss = lire.lire_loss(s, torch.tensor([R], dtype=torch.float64), mask, T)
+    close(loss, [-numerator / denominator])
 
 
 def test_two_candidates_learn_by_a_tanh_of_the_reward_gap():
@@ -93,36 +90,28 @@ def test_a_badly_misranked_pair_teaches_nothing():
     assert lire.lire_grad(s, r, mask, T).abs().max() < 1e-40  # DPO's weight would be 1 here
 
 
-# ------------------------------------------------------------------------------------------- values and gradients, the oracle
+# ----------------------------------------------------------------- values and gradients, the oracle
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0, 11.0])
 def test_values_and_gradients_equal_the_oracle(temperature):
     logps, rewards, mask = make_lists(seed=3)
     args = logps, rewards, mask, temperature
-    close(
-        lire.candidate_probs(logps, mask, temperature),
-        judged(lambda s: oracle.candidate_probs(s, temperature), mask, logps),
-    )
-    close(
-        lire.lire_loss(*args),
-        judged(lambda s, R: oracle.lire_loss(s, R, temperature), mask, logps, rewards),
-    )
-    close(
-        gradient(lire.lire_loss, *args),
-        judged(lambda s, R: oracle.lire_grad(s, R, temperature), mask, logps, rewards),
-    )
+    probs = judged(lambda logps: oracle.candidate_probs(logps, temperature), mask, logps)
+    loss = judged(lambda logps, R: oracle.lire_loss(logps, R, temperature), mask, logps, rewards)
+    slope = judged(lambda logps, R: oracle.lire_grad(logps, R, temperature), mask, logps, rewards)
+    close(lire.candidate_probs(logps, mask, temperature), probs)
+    close(lire.lire_loss(*args), loss)
+    close(gradient(lire.lire_loss, *args), slope)
     close(lire.lire_grad(*args), gradient(lire.lire_loss, *args))
 
 
 def test_gradient_equals_finite_differences():
     logps, rewards, mask = make_lists(seed=4)
-    slopes = lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s)
     close(lire.lire_grad(logps, rewards, mask, T), judged(slopes, mask, logps, rewards), 1e-8)
-    assert torch.autograd.gradcheck(
-        lambda s: lire.lire_loss(s, rewards, mask, T), logps.requires_grad_()
-    )
-    assert torch.autograd.gradgradcheck(lambda s: lire.lire_loss(s, rewards, mask, T), logps)
+    loss = lambda x: lire.lire_loss(x, rewards, mask, T)
+    assert torch.autograd.gradcheck(loss, logps.requires_grad_())
+    assert torch.autograd.gradgradcheck(loss, logps)
 
 
 @pytest.mark.parametrize("how", ["softmax", "zscore", "none"])
@@ -130,11 +119,11 @@ def test_transformed_rewards_equal_the_oracle(how):
     _, rewards, mask = make_lists(seed=5)
     close(
         lire.transform_rewards(rewards, mask, how),
-        judged(lambda r: oracle.transform_rewards(r, how), mask, rewards),
+        judged(lambda rewards: oracle.transform_rewards(rewards, how), mask, rewards),
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- invariants
+# --------------------------------------------------------------------------------------- invariants
 
 
 def test_gradient_sums_to_zero_over_a_list():
@@ -154,24 +143,18 @@ def test_shifts_leave_the_gradient_and_move_the_loss_by_the_reward_shift_alone()
 
 def test_nothing_is_learnt_from_equal_rewards_or_a_single_candidate():
     logps, rewards, mask = make_lists()
-    close(lire.lire_grad(logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7))
-    close(
-        gradient(lire.lire_loss, logps, torch.full_like(rewards, 0.3), mask, T), torch.zeros(5, 7)
-    )
+    equal = torch.full_like(rewards, 0.3)
+    close(lire.lire_grad(logps, equal, mask, T), torch.zeros(5, 7))
+    close(gradient(lire.lire_loss, logps, equal, mask, T), torch.zeros(5, 7))
     close(lire.lire_grad(logps, rewards, mask, T)[-1], [0.0] * 7)  # the last list has one candidate
 
 
 def test_order_of_the_candidates_does_not_matter():
     logps, rewards, mask = make_lists()
-    p = torch.tensor([4, 0, 6, 2, 5, 1, 3])
-    close(
-        lire.lire_loss(logps[:, p], rewards[:, p], mask[:, p], T),
-        lire.lire_loss(logps, rewards, mask, T),
-    )
-    close(
-        lire.lire_grad(logps[:, p], rewards[:, p], mask[:, p], T),
-        lire.lire_grad(logps, rewards, mask, T)[:, p],
-    )
+    order = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    moved = logps[:, order], rewards[:, order], mask[:, order]
+    close(lire.lire_loss(*moved, T), lire.lire_loss(logps, rewards, mask, T))
+    close(lire.lire_grad(*moved, T), lire.lire_grad(logps, rewards, mask, T)[:, order])
 
 
 def test_cold_lists_are_one_hot_and_teach_nothing():
@@ -183,9 +166,8 @@ def test_cold_lists_are_one_hot_and_teach_nothing():
 def test_cold_gradient_grows_as_one_over_temperature_at_a_tie():
     s, r, mask = one_list((-3.0, -3.0, -5.0), RAW)
     for temperature in (0.1, 0.01):
-        close(
-            temperature * lire.lire_grad(s, r, mask, temperature), [[-0.25, 0.25, 0.0]], 1e-6
-        )  # -P (R - mean), P = 1/2
+        grad = temperature * lire.lire_grad(s, r, mask, temperature)
+        close(grad, [[-0.25, 0.25, 0.0]], 1e-6)  # -P (R - mean), P = 1/2
 
 
 def test_hot_lists_are_reinforce_with_the_mean_as_baseline():
@@ -220,10 +202,8 @@ def test_with_softmax_rewards_the_loss_lies_between_minus_1_and_0():
 
 def test_it_is_minimum_risk_training_with_alpha_1_over_temperature():
     logps, rewards, mask = make_lists()
-    close(
-        lire.lire_loss(logps, rewards, mask, T),
-        judged(lambda s, R: oracle.mrt_risk(np.exp(s), -R, 1 / T), mask, logps, rewards),
-    )
+    risk = lambda logps, R: oracle.mrt_risk(np.exp(logps), -R, 1 / T)
+    close(lire.lire_loss(logps, rewards, mask, T), judged(risk, mask, logps, rewards))
 
 
 @pytest.mark.parametrize("tokens, largest", [(5, 0.50), (20, 0.70), (50, 0.81), (128, 0.88)])
@@ -233,17 +213,16 @@ def test_sums_over_longer_responses_sharpen_the_list(tokens, largest):
     assert abs(P.max(-1).values.mean().item() - largest) < 0.02
 
 
-# --------------------------------------------------------------------------------------------------- padding, shapes, dtypes
+# -------------------------------------------------------------------------- padding, shapes, dtypes
 
 
 @pytest.mark.parametrize("poison", POISON)
 def test_padded_slots_may_hold_anything(poison):
     clean, bad = make_lists(padding=0.0), make_lists(padding=poison)
     for how in ("softmax", "zscore", "none"):
-        assert torch.equal(
-            lire.transform_rewards(*bad[1:], how), lire.transform_rewards(*clean[1:], how)
-        )
-    for function in (lire.lire_loss, lire.lire_grad, lambda *a: gradient(lire.lire_loss, *a)):
+        rewards = lire.transform_rewards(*bad[1:], how)
+        assert torch.equal(rewards, lire.transform_rewards(*clean[1:], how))
+    for function in (lire.lire_loss, lire.lire_grad, lambda *args: gradient(lire.lire_loss, *args)):
         assert torch.equal(function(*bad, T), function(*clean, T))
     assert (gradient(lire.lire_loss, *bad, T)[~bad[2]] == 0).all()
     assert (lire.candidate_probs(bad[0], bad[2], T)[~bad[2]] == 0).all()
@@ -277,14 +256,14 @@ def test_shapes_that_would_broadcast_are_refused():
     logps, rewards, mask = make_lists()
     for wrong in (rewards[:, :1], rewards[:1], rewards[0], rewards.T, rewards[..., None]):
         for call in (
-            lambda w: lire.lire_loss(logps, w, mask, T),
-            lambda w: lire.lire_loss(w, rewards, mask, T),
-            lambda w: lire.lire_grad(logps, w, mask, T),
-            lambda w: lire.lire_loss(logps, rewards, w > 0, T),
-            lambda w: lire.candidate_probs(w, mask, T),
-            lambda w: lire.transform_rewards(w, mask, "none"),
-            lambda w: lire.sft_loss(logps, w, rewards, mask),
-            lambda w: lire.sft_loss(logps, rewards, w, mask),
+            lambda x: lire.lire_loss(logps, x, mask, T),
+            lambda x: lire.lire_loss(x, rewards, mask, T),
+            lambda x: lire.lire_grad(logps, x, mask, T),
+            lambda x: lire.lire_loss(logps, rewards, x > 0, T),
+            lambda x: lire.candidate_probs(x, mask, T),
+            lambda x: lire.transform_rewards(x, mask, "none"),
+            lambda x: lire.sft_loss(logps, x, rewards, mask),
+            lambda x: lire.sft_loss(logps, rewards, x, mask),
         ):
             with pytest.raises(ValueError, match="one shape"):
                 call(wrong)
@@ -303,33 +282,24 @@ def test_half_precision_is_computed_in_float32(dtype):
     logps, rewards, mask = make_lists()
     logps, rewards = logps.to(dtype), rewards.to(dtype)
     loss = lire.lire_loss(logps, rewards, mask, T)
-    assert loss.dtype == torch.float32 and torch.equal(
-        loss, lire.lire_loss(logps.float(), rewards.float(), mask, T)
-    )
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, lire.lire_loss(logps.float(), rewards.float(), mask, T))
     assert gradient(lire.lire_loss, logps, rewards, mask, T).dtype == dtype
 
 
 @pytest.mark.parametrize("how", ["softmax", "zscore"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_rewards_are_transformed_in_float32(dtype, how):
-    rewards, mask = (
-        torch.tensor([[300.0, -300.0, 100.0], [0.5, 0.25, -1.0]]).to(dtype),
-        torch.ones(2, 3, dtype=torch.bool),
-    )
-    close(
-        lire.transform_rewards(rewards, mask, how).double(),
-        lire.transform_rewards(rewards.double(), mask, how),
-        1e-6,
-    )
+    rewards = torch.tensor([[300.0, -300.0, 100.0], [0.5, 0.25, -1.0]]).to(dtype)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    expected = lire.transform_rewards(rewards.double(), mask, how)
+    close(lire.transform_rewards(rewards, mask, how).double(), expected, 1e-6)
 
 
 def test_float64_stays_float64():
     logps, rewards, mask = make_lists()
-    assert (
-        lire.lire_loss(logps, rewards, mask, T).dtype
-        == lire.lire_grad(logps, rewards, mask, T).dtype
-        == torch.float64
-    )
+    assert lire.lire_loss(logps, rewards, mask, T).dtype == torch.float64
+    assert lire.lire_grad(logps, rewards, mask, T).dtype == torch.float64
     assert lire.transform_rewards(rewards, mask, "zscore").dtype == torch.float64
 
 
@@ -340,7 +310,7 @@ def test_inputs_are_not_written_to():
     assert all(torch.equal(a, b) for a, b in zip((logps, rewards, mask), make_lists()))
 
 
-# --------------------------------------------------------------------------------------------------- rewards and the SFT term
+# ------------------------------------------------------------------------- rewards and the SFT term
 
 
 def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
@@ -351,19 +321,14 @@ def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
 @pytest.mark.parametrize("M", [1, 3, 7, 11])
 @pytest.mark.parametrize("value", [0.0, 0.1, -2.7, 1e6])
 def test_zscore_of_equal_rewards_is_0(value, M):
-    close(
-        lire.transform_rewards(
-            torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool), "zscore"
-        ),
-        torch.zeros(1, M),
-    )
+    rewards, mask = torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool)
+    close(lire.transform_rewards(rewards, mask, "zscore"), torch.zeros(1, M))
 
 
 def test_softmax_rewards_ignore_a_shift_and_survive_large_numbers():
     r, mask = one_list(RAW)
-    close(
-        lire.transform_rewards(r + 1e4, mask, "softmax"), lire.transform_rewards(r, mask, "softmax")
-    )
+    expected = lire.transform_rewards(r, mask, "softmax")
+    close(lire.transform_rewards(r + 1e4, mask, "softmax"), expected)
 
 
 def test_an_unknown_reward_transform_is_refused():
@@ -389,15 +354,15 @@ def test_sft_loss_takes_the_first_of_equally_good_responses():
     close(gradient(lire.sft_loss, s, lengths, r, mask), [[0.0, -1 / 5, 0.0]])
 
 
-# -------------------------------------------------------------------------------------------------------- self-enhancement
+# --------------------------------------------------------------------------------- self-enhancement
 
 
 def run_self_enhancement(evolve, iterate):
-    """Events in the order in which they happen; a sample carries the number of training passes its policy has seen."""
+    """Events in their order; a sample carries the number of training passes its policy has seen."""
     events, passes = [], 0
 
-    def sample(e):
-        events.append(f"sample {e}")
+    def sample(step):
+        events.append(f"sample {step}")
         return [[f"a{passes}"], [f"b{passes}"]]
 
     def score(lists):
@@ -434,24 +399,17 @@ def test_without_evolve_steps_it_trains_on_the_datasets_own_responses():
     assert run_self_enhancement(evolve=0, iterate=2) == ["score", (0, 0, own), (0, 1, own)]
 
 
-# -------------------------------------------------------------------------------------------- the tests above are able to fail
+# ----------------------------------------------------------------- the tests above are able to fail
 
 
 def disagreement(loss):
-    """Largest distance of a loss, in value or gradient, from the oracle (gradients by its finite differences)."""
+    """Largest distance of a loss, in value or gradient, from the oracle."""
     logps, rewards, mask = make_lists(seed=7)
-    value = judged(lambda s, R: oracle.lire_loss(s, R, T), mask, logps, rewards)
-    slope = judged(
-        lambda s, R: oracle.finite_differences(lambda x: oracle.lire_loss(x, R, T), s),
-        mask,
-        logps,
-        rewards,
-    )
-    told = loss(logps, rewards, mask, T).broadcast_to(value.shape)
-    return max(
-        (told - value).abs().max().item(),
-        (gradient(loss, logps, rewards, mask, T) - slope).abs().max().item(),
-    )
+    value = judged(lambda logps, R: oracle.lire_loss(logps, R, T), mask, logps, rewards)
+    slope = judged(slopes, mask, logps, rewards)
+    wrong = loss(logps, rewards, mask, T).broadcast_to(value.shape) - value
+    wrong_slope = gradient(loss, logps, rewards, mask, T) - slope
+    return max(wrong.abs().max().item(), wrong_slope.abs().max().item())
 
 
 def softmax(x, mask, dim=-1):
@@ -460,64 +418,88 @@ def softmax(x, mask, dim=-1):
 
 def with_gradient(wrong):
     """The right value with the gradient of `wrong`."""
-    return lambda s, R, m, T: (
-        wrong(s, R, m, T) + (lire.lire_loss(s, R, m, T) - wrong(s, R, m, T)).detach()
-    )
+
+    def loss(*args):
+        return wrong(*args) + (lire.lire_loss(*args) - wrong(*args)).detach()
+
+    return loss
 
 
 def reward_weighted(baseline):
     """A surrogate whose gradient is -(1/T) P_j (R_j - baseline)."""
-    return with_gradient(
-        lambda s, R, m, T: (
-            -((softmax(s / T, m) * (R - baseline(s, R, m))).detach() * s / T * m).sum(-1)
-        )
-    )
+
+    def surrogate(logps, R, mask, T):
+        weights = softmax(logps / T, mask) * (R - baseline(logps, R, mask))
+        return -(weights.detach() * logps / T * mask).sum(-1)
+
+    return with_gradient(surrogate)
 
 
 WRONG = {
-    "mean for sum": lambda s, R, m, T: lire.lire_loss(s, R, m, T) / m.sum(-1),
-    "divided by the padded M": lambda s, R, m, T: lire.lire_loss(s, R, m, T) / m.shape[-1],
-    "summed over the batch": lambda s, R, m, T: lire.lire_loss(s, R, m, T).sum(),
-    "swapped sign": lambda s, R, m, T: -lire.lire_loss(s, R, m, T),
+    "mean for sum": lambda logps, R, mask, T: lire.lire_loss(logps, R, mask, T) / mask.sum(-1),
+    "divided by the padded M": lambda logps, R, mask, T: (
+        lire.lire_loss(logps, R, mask, T) / mask.shape[-1]
+    ),
+    "summed over the batch": lambda logps, R, mask, T: lire.lire_loss(logps, R, mask, T).sum(),
+    "swapped sign": lambda logps, R, mask, T: -lire.lire_loss(logps, R, mask, T),
     "swapped sign in the gradient alone": with_gradient(
-        lambda s, R, m, T: -lire.lire_loss(s, R, m, T)
+        lambda logps, R, mask, T: -lire.lire_loss(logps, R, mask, T)
     ),
-    "swapped sign of the scores": lambda s, R, m, T: lire.lire_loss(-s, R, m, T),
-    "times temperature instead of divided": lambda s, R, m, T: lire.lire_loss(s, R, m, 1 / T),
-    "no temperature": lambda s, R, m, T: lire.lire_loss(s, R, m, 1.0),
-    "temperature after the softmax": lambda s, R, m, T: -(softmax(s, m) / T * R).sum(-1),
-    "gradient without 1/T": with_gradient(lambda s, R, m, T: T * lire.lire_loss(s, R, m, T)),
-    "missing mask": lambda s, R, m, T: -((s / T).softmax(-1) * R).sum(-1),
-    "padded slot counted in the normaliser": lambda s, R, m, T: (
-        -((s / T).softmax(-1) * R * m).sum(-1)
+    "swapped sign of the scores": lambda logps, R, mask, T: lire.lire_loss(-logps, R, mask, T),
+    "times temperature instead of divided": lambda logps, R, mask, T: lire.lire_loss(
+        logps, R, mask, 1 / T
     ),
-    "padded log-probs set to 0": lambda s, R, m, T: -((s * m / T).softmax(-1) * R * m).sum(-1),
-    "un-normalised softmax": lambda s, R, m, T: -((s / T).exp() * m * R).sum(-1),
-    "softmax over the batch axis": lambda s, R, m, T: -(softmax(s / T, m, dim=0) * R).sum(-1),
-    "one softmax over the whole batch": lambda s, R, m, T: (
-        -(softmax((s / T).flatten(), m.flatten()).view_as(s) * R).sum(-1)
+    "no temperature": lambda logps, R, mask, T: lire.lire_loss(logps, R, mask, 1.0),
+    "temperature after the softmax": lambda logps, R, mask, T: (
+        -(softmax(logps, mask) / T * R).sum(-1)
     ),
-    "log P for P": lambda s, R, m, T: -(softmax(s / T, m).clamp_min(1e-9).log() * R * m).sum(-1),
-    "softmax taken twice": lambda s, R, m, T: -(softmax(softmax(s / T, m), m) * R).sum(-1),
-    "likelihood of the best response": lambda s, R, m, T: (
-        -softmax(s / T, m).gather(-1, R.masked_fill(~m, -9).argmax(-1, True)).squeeze(-1)
+    "gradient without 1/T": with_gradient(
+        lambda logps, R, mask, T: T * lire.lire_loss(logps, R, mask, T)
     ),
-    "rewards softmaxed unasked": lambda s, R, m, T: -(softmax(s / T, m) * softmax(R, m)).sum(-1),
-    "rewards and scores exchanged": lambda s, R, m, T: lire.lire_loss(R, s, m, T),
-    "rewards of the next list": lambda s, R, m, T: lire.lire_loss(s, R.roll(1, 0), m, T),
-    "no gradient": lambda s, R, m, T: lire.lire_loss(s.detach(), R, m, T) + 0 * s.sum(),
-    "gradient without a baseline": reward_weighted(lambda s, R, m: 0.0),
+    "missing mask": lambda logps, R, mask, T: -((logps / T).softmax(-1) * R).sum(-1),
+    "padded slot counted in the normaliser": lambda logps, R, mask, T: (
+        -((logps / T).softmax(-1) * R * mask).sum(-1)
+    ),
+    "padded log-probs set to 0": lambda logps, R, mask, T: (
+        -((logps * mask / T).softmax(-1) * R * mask).sum(-1)
+    ),
+    "un-normalised softmax": lambda logps, R, mask, T: -((logps / T).exp() * mask * R).sum(-1),
+    "softmax over the batch axis": lambda logps, R, mask, T: (
+        -(softmax(logps / T, mask, dim=0) * R).sum(-1)
+    ),
+    "one softmax over the whole batch": lambda logps, R, mask, T: (
+        -(softmax((logps / T).flatten(), mask.flatten()).view_as(logps) * R).sum(-1)
+    ),
+    "log P for P": lambda logps, R, mask, T: (
+        -(softmax(logps / T, mask).clamp_min(1e-9).log() * R * mask).sum(-1)
+    ),
+    "softmax taken twice": lambda logps, R, mask, T: (
+        -(softmax(softmax(logps / T, mask), mask) * R).sum(-1)
+    ),
+    "likelihood of the best response": lambda logps, R, mask, T: (
+        -softmax(logps / T, mask).gather(-1, R.masked_fill(~mask, -9).argmax(-1, True)).squeeze(-1)
+    ),
+    "rewards softmaxed unasked": lambda logps, R, mask, T: (
+        -(softmax(logps / T, mask) * softmax(R, mask)).sum(-1)
+    ),
+    "rewards and scores exchanged": lambda logps, R, mask, T: lire.lire_loss(R, logps, mask, T),
+    "rewards of the next list": lambda logps, R, mask, T: lire.lire_loss(
+        logps, R.roll(1, 0), mask, T
+    ),
+    "no gradient": with_gradient(
+        lambda logps, R, mask, T: torch.where(mask, logps.detach(), logps).sum(-1)
+    ),
+    "gradient without a baseline": reward_weighted(lambda logps, R, mask: 0.0),
     "plain mean as the baseline": reward_weighted(
-        lambda s, R, m: (R * m).sum(-1, True) / m.sum(-1, True)
+        lambda logps, R, mask: (R * mask).sum(-1, True) / mask.sum(-1, True)
     ),
 }
 
 
 def test_the_right_loss_agrees_with_the_oracle():
     assert disagreement(lire.lire_loss) < 1e-8
-    assert (
-        disagreement(reward_weighted(lambda s, R, m: (softmax(s / T, m) * R).sum(-1, True))) < 1e-8
-    )
+    own_mean = lambda logps, R, mask: (softmax(logps / T, mask) * R).sum(-1, True)
+    assert disagreement(reward_weighted(own_mean)) < 1e-8
 
 
 @pytest.mark.parametrize("name", WRONG)
