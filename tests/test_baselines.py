@@ -8,25 +8,22 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from helpers import gradient, gradients
 
 import baselines
 import data
 import lire
 import train
 
+# ------------------------------------------------------------------------------------------- single
+
 L, GOOD, MISMATCHED = (0.5, -0.8, 1.2, 0.1), (True, False, True, False), (-0.4, 0.9, 0.2, 0.1)
 
 
 def kto(ratios=L, good=GOOD, mismatched=MISMATCHED, beta=0.1, ref=-3.0, dtype=torch.float64):
-    ratios, mismatched = torch.tensor(ratios, dtype=dtype), torch.tensor(mismatched, dtype=dtype)
-    return baselines.kto_loss(
-        ratios + ref,
-        torch.full_like(ratios, ref),
-        torch.tensor(good),
-        mismatched - 1.0,
-        mismatched * 0 - 1.0,
-        beta,
-    )
+    ratios, other = torch.tensor(ratios, dtype=dtype), torch.tensor(mismatched, dtype=dtype)
+    refs, other_refs = torch.full_like(ratios, ref), torch.full_like(other, -1.0)
+    return baselines.kto_loss(ratios + ref, refs, torch.tensor(good), other - 1.0, other_refs, beta)
 
 
 def test_kto_by_hand_and_known_values():
@@ -40,30 +37,23 @@ def test_kto_by_hand_and_known_values():
     ]
     assert kto().tolist() == pytest.approx(expected, abs=1e-12)
     assert kto().mean().item() == pytest.approx(0.485011, abs=1e-6)
-    assert kto(beta=5.0).tolist() == pytest.approx(
-        [0.182426, 0.006693, 0.006693, 0.377541], abs=1e-6
-    )
+    known = [0.182426, 0.006693, 0.006693, 0.377541]
+    assert kto(beta=5.0).tolist() == pytest.approx(known, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("mismatched", [MISMATCHED, (-2.0, -1.0), ()])
 def test_kto_equals_the_oracle(beta, mismatched):
-    expected = oracle.kto_loss(L, GOOD, mismatched or (0.0,), beta)
-    assert kto(beta=beta, mismatched=mismatched).tolist() == pytest.approx(
-        expected.tolist(), abs=1e-12
-    )
+    expected = oracle.kto_loss(L, GOOD, mismatched or (0.0,), beta).tolist()
+    assert kto(beta=beta, mismatched=mismatched).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_kto_pushes_the_desirable_up_and_the_others_down_and_z_has_no_gradient():
-    s, other = (
-        torch.randn(4, dtype=torch.float64).requires_grad_(),
-        torch.randn(3, dtype=torch.float64).requires_grad_(),
-    )
-    zeros = torch.zeros(4, dtype=torch.float64)
-    baselines.kto_loss(
-        s, zeros, torch.tensor(GOOD), other, torch.zeros(3, dtype=torch.float64) - 9, 1.0
-    ).sum().backward()
-    assert (torch.sign(-s.grad) == torch.tensor([1, -1, 1, -1])).all() and other.grad is None
+    logps, other = (torch.randn(count, dtype=torch.float64) for count in (4, 3))
+    zeros, other_refs = torch.zeros_like(logps), torch.full_like(other, -9.0)
+    loss = lambda x, other: baselines.kto_loss(x, zeros, torch.tensor(GOOD), other, other_refs, 1.0)
+    by_logps, by_other = gradients(loss, logps, other)
+    assert (torch.sign(-by_logps) == torch.tensor([1, -1, 1, -1])).all() and by_other is None
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
@@ -74,12 +64,8 @@ def test_kto_refuses_impossible_beta(beta):
 
 def test_kto_refuses_shapes_that_would_broadcast_and_labels_that_are_no_bools():
     s, good = torch.zeros(4), torch.tensor(GOOD)
-    for wrong in (
-        (s[:, None], s, good),
-        (s, s[:1], good),
-        (s, s, good[:, None]),
-        (s, s, good.float()),
-    ):
+    wrongs = [(s[:, None], s, good), (s, s[:1], good), (s, s, good[:, None])]
+    for wrong in (*wrongs, (s, s, good.float())):
         with pytest.raises(ValueError, match="expected logps"):
             baselines.kto_loss(*wrong, s, s, 1.0)
     with pytest.raises(ValueError, match="mismatched"):
@@ -91,11 +77,11 @@ def test_kto_computes_half_precision_in_float32():
     assert loss.dtype == torch.float32
 
 
-# pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 def pairs(*ratios, dtype=torch.float64):
-    """Chosen and rejected log-probs and those of the reference, for (chosen, rejected) log-ratios."""
+    """Chosen and rejected log-probs, and the reference's, for (chosen, rejected) log-ratios."""
     chosen, rejected = (torch.tensor(x, dtype=dtype) for x in zip(*ratios))
     return chosen - 3, rejected - 4, torch.full_like(chosen, -3), torch.full_like(chosen, -4)
 
@@ -107,33 +93,28 @@ RATIOS = (0.7, -0.4), (-1.3, 0.2), (0.0, 0.0)
 @pytest.mark.parametrize("name", ["dpo_loss", "ipo_loss"])
 def test_pair_losses_equal_the_oracle_and_finite_differences(name, beta):
     loss, judge = getattr(baselines, name), getattr(oracle, name)
-    assert loss(*pairs(*RATIOS), beta).tolist() == pytest.approx(
-        [judge(a, b, beta) for a, b in RATIOS], abs=1e-12
-    )
+    judged = [judge(*pair, beta) for pair in RATIOS]
+    assert loss(*pairs(*RATIOS), beta).tolist() == pytest.approx(judged, abs=1e-12)
     chosen, rejected, *ref = pairs(*RATIOS)
-    chosen.requires_grad_(), rejected.requires_grad_()
-    loss(chosen, rejected, *ref, beta).sum().backward()
-    for (a, b), up, down in zip(RATIOS, chosen.grad.tolist(), rejected.grad.tolist()):
-        expected = oracle.finite_differences(lambda x: judge(x[0], x[1], beta), [a, b])
-        assert [up, down] == pytest.approx(expected.tolist(), abs=1e-8)
+    slopes = gradients(lambda *logps: loss(*logps, *ref, beta), chosen, rejected)
+    for pair, by_chosen, by_rejected in zip(RATIOS, *(slope.tolist() for slope in slopes)):
+        expected = oracle.finite_differences(lambda x: judge(x[0], x[1], beta), pair)
+        assert [by_chosen, by_rejected] == pytest.approx(expected.tolist(), abs=1e-8)
 
 
 def test_dpo_at_no_margin_is_log_2_and_its_pull_fades_where_the_pair_is_ordered():
     assert baselines.dpo_loss(*pairs((0.0, 0.0)), 0.3).item() == pytest.approx(math.log(2))
     chosen, *rest = pairs((0.0, 0.0), (40.0, 0.0), (-40.0, 0.0))
-    chosen.requires_grad_()
-    baselines.dpo_loss(chosen, *rest, 1.0).sum().backward()
-    assert chosen.grad.tolist() == pytest.approx([-1 / 2, -1 / (1 + math.exp(40)), -1], abs=1e-12)
+    slope = gradient(baselines.dpo_loss, chosen, *rest, 1.0)
+    assert slope.tolist() == pytest.approx([-1 / 2, -1 / (1 + math.exp(40)), -1], abs=1e-12)
 
 
 def test_ipo_is_zero_at_its_margin_and_pulls_back_beyond_it():
     chosen, *rest = pairs((5.0, 0.0), (6.0, 0.0), (4.0, 0.0))
-    chosen.requires_grad_()
     loss = baselines.ipo_loss(chosen, *rest, 0.1)  # margin 1 / (2 * 0.1) = 5
-    loss.sum().backward()
-    assert loss.tolist() == pytest.approx([0, 1, 1]) and chosen.grad.tolist() == pytest.approx(
-        [0, 2, -2]
-    )
+    slope = gradient(baselines.ipo_loss, chosen, *rest, 0.1)
+    assert loss.tolist() == pytest.approx([0, 1, 1])
+    assert slope.tolist() == pytest.approx([0, 2, -2])
 
 
 def test_slic_is_a_hinge_on_sums_without_a_reference():
@@ -150,8 +131,9 @@ def test_pair_losses_refuse_other_shapes_and_strengths(name):
         with pytest.raises(ValueError, match="beta must be positive"):
             loss(*good, beta)
     for k in range(4):
+        wrong = [tensor[:, None] if i == k else tensor for i, tensor in enumerate(good)]
         with pytest.raises(ValueError, match=r"expected \[N\]"):
-            loss(*(t[:, None] if i == k else t for i, t in enumerate(good)), 1.0)
+            loss(*wrong, 1.0)
 
 
 def test_slic_refuses_other_shapes_and_margins():
@@ -161,21 +143,26 @@ def test_slic_refuses_other_shapes_and_margins():
         baselines.slic_loss(torch.zeros(2), torch.zeros(2, 1))
 
 
-# lists
+# -------------------------------------------------------------------------------------------- lists
 
-LISTS = [  # log-probs, reference log-probs, lengths, rewards: five lists of 1 to 5, a tie in two of them
+# Log-probs, reference log-probs, lengths, rewards: five lists of 1 to 5, a tie in two of them.
+LISTS = [
     ((-3.0, -5.0, -1.0), (-2.5, -5.5, -4.0), (3, 2, 4), (0.1, 2.0, -1.0)),
     ((-3.0,), (-2.0,), (2,), (1.0,)),
     ((-6.0, -2.0), (-5.0, -3.0), (5, 1), (1.0, 3.0)),
     ((-1.0, -2.2, -3.9, -4.0, -5.0), (-2.0,) * 5, (1, 2, 3, 1, 7), (0.0, 0.5, 0.5, 2.0, 1.0)),
     ((-4.0, -2.0), (-4.0, -4.0), (2, 2), (1.0, 1.0)),
 ]
+
+
+def judge_plackett_luce(logps, ref, lengths, rewards):
+    return oracle.plackett_luce_loss(np.array(logps) - np.array(ref), rewards, 0.7)
+
+
 JUDGES = {
-    "plackett_luce_loss": lambda s, ref, n, r: oracle.plackett_luce_loss(
-        np.array(s) - np.array(ref), r, 0.7
-    ),
-    "rrhf_loss": lambda s, ref, n, r: oracle.rrhf_loss(s, n, r),
-    "pro_loss": lambda s, ref, n, r: oracle.pro_loss(s, n, r),
+    "plackett_luce_loss": judge_plackett_luce,
+    "rrhf_loss": lambda logps, ref, *rest: oracle.rrhf_loss(logps, *rest),
+    "pro_loss": lambda logps, ref, *rest: oracle.pro_loss(logps, *rest),
 }
 
 
@@ -196,12 +183,11 @@ def list_loss(name, logps, ref_logps, lengths, rewards, mask):
 @pytest.mark.parametrize("name", JUDGES)
 def test_list_losses_and_gradients_equal_the_oracle_whatever_the_padding_holds(name, padding):
     logps, *rest = padded(padding)
-    logps.requires_grad_()
-    loss = list_loss(name, logps, *rest)
-    loss.sum().backward()
-    assert loss.tolist() == pytest.approx([JUDGES[name](*row) for row in LISTS], abs=1e-10)
-    for row, grad in zip(LISTS, logps.grad):
-        expected = oracle.finite_differences(lambda s, rest=row[1:]: JUDGES[name](s, *rest), row[0])
+    judge, judged = JUDGES[name], [JUDGES[name](*row) for row in LISTS]
+    assert list_loss(name, logps, *rest).tolist() == pytest.approx(judged, abs=1e-10)
+    slopes = gradient(lambda *args: list_loss(name, *args), logps, *rest)
+    for (logps, *others), grad in zip(LISTS, slopes):
+        expected = oracle.finite_differences(lambda x, others=others: judge(x, *others), logps)
         assert grad[: len(expected)].tolist() == pytest.approx(expected.tolist(), abs=1e-7)
         assert not grad[len(expected) :].any()
 
@@ -210,9 +196,8 @@ def test_list_losses_and_gradients_equal_the_oracle_whatever_the_padding_holds(n
 def test_list_losses_follow_the_candidates_wherever_they_stand(name):
     *tensors, mask = padded()
     order = torch.tensor([5, 4, 3, 2, 0, 1])
-    plain, moved = (
-        list_loss(name, *(t[:, o] for t in (*tensors, mask))) for o in (torch.arange(6), order)
-    )
+    plain = list_loss(name, *tensors, mask)
+    moved = list_loss(name, *(tensor[:, order] for tensor in (*tensors, mask)))
     unlike = [len(set(row[3])) == len(row[3]) for row in LISTS]  # ties are ranked as they stand
     assert moved[unlike].tolist() == pytest.approx(plain[unlike].tolist())
 
@@ -221,123 +206,120 @@ def test_plackett_luce_of_two_is_dpo_and_of_equals_is_the_number_of_orders():
     s, ref = torch.tensor([[-3.0, -5.0]]), torch.tensor([[-2.5, -5.5]])
     both = torch.ones(1, 2, dtype=torch.bool)
     pair = baselines.dpo_loss(s[:, 1], s[:, 0], ref[:, 1], ref[:, 0], 0.7)
-    assert baselines.plackett_luce_loss(
-        s, ref, torch.tensor([[0, 9]]), both, 0.7
-    ).tolist() == pytest.approx(pair.tolist())
+    ranked = baselines.plackett_luce_loss(s, ref, torch.tensor([[0, 9]]), both, 0.7)
+    assert ranked.tolist() == pytest.approx(pair.tolist())
     zeros = torch.zeros(1, 5)
     equal = baselines.plackett_luce_loss(zeros, zeros, torch.arange(5)[None], zeros == 0, 1.0)
     assert equal.item() == pytest.approx(math.log(math.factorial(5)), rel=1e-6)
 
 
 def test_plackett_luce_is_finite_where_log_ratios_are_huge():
-    logps = torch.tensor([[-2000.0, -5.0, 0.0]], requires_grad=True)
-    baselines.plackett_luce_loss(
-        logps, logps.detach() * 0, torch.arange(3)[None], logps == logps, 5.0
-    ).sum().backward()
-    assert logps.grad.isfinite().all()
+    logps, rewards = torch.tensor([[-2000.0, -5.0, 0.0]]), torch.arange(3)[None]
+    rest = torch.zeros_like(logps), rewards, torch.ones(1, 3, dtype=torch.bool), 5.0
+    assert gradient(baselines.plackett_luce_loss, logps, *rest).isfinite().all()
 
 
 def test_rrhf_and_pro_divide_by_the_lengths_and_do_nothing_for_a_single_response():
-    one = torch.ones(1, 1, dtype=torch.bool)
+    one, two = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
+    single = torch.tensor([[-4.0]]), torch.tensor([[3]]), torch.tensor([[1.0]]), one
     for loss in (baselines.rrhf_loss, baselines.pro_loss):
-        assert (
-            loss(torch.tensor([[-4.0]]), torch.tensor([[3]]), torch.tensor([[1.0]]), one).item()
-            == 0
-        )
-    two = torch.ones(1, 2, dtype=torch.bool)
+        assert loss(*single).item() == 0
     s, r = torch.tensor([[-4.0, -6.0]]), torch.tensor([[0.0, 2.0]])
-    assert baselines.rrhf_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(-1 + 2)
-    assert (
-        baselines.rrhf_loss(s, torch.tensor([[2, 3]]), r, two).item() == 0
-    )  # -2 a token each: a tie costs nothing
-    assert baselines.pro_loss(s, torch.tensor([[4, 3]]), r, two).item() == pytest.approx(
-        math.log(1 + math.exp(2 * (2 - 1)))
-    )
+    unlike, alike = torch.tensor([[4, 3]]), torch.tensor([[2, 3]])  # alike: -2 a token each
+    assert baselines.rrhf_loss(s, unlike, r, two).item() == pytest.approx(-1 + 2)
+    assert baselines.rrhf_loss(s, alike, r, two).item() == 0  # a tie costs nothing
+    expected = math.log(1 + math.exp(2 * (2 - 1)))
+    assert baselines.pro_loss(s, unlike, r, two).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", JUDGES)
 def test_list_losses_refuse_other_shapes_and_masks(name):
     good = padded()
     for k in (0, 3, 4):
+        wrong = [tensor[:, :1] if i == k else tensor for i, tensor in enumerate(good)]
         with pytest.raises(ValueError, match=r"expected \[B, M\]"):
-            list_loss(name, *(t[:, :1] if i == k else t for i, t in enumerate(good)))
+            list_loss(name, *wrong)
     with pytest.raises(ValueError, match="bool mask"):
         list_loss(name, *good[:4], good[4].float())
 
 
 def test_half_precision_is_computed_in_float32():
+    *half, mask = padded(dtype=torch.bfloat16)
     for name in JUDGES:
-        assert (
-            list_loss(name, *padded(dtype=torch.bfloat16)[:4], padded()[4]).dtype == torch.float32
-        )
+        assert list_loss(name, *half, mask).dtype == torch.float32
     assert baselines.dpo_loss(*pairs(*RATIOS, dtype=torch.bfloat16), 1.0).dtype == torch.float32
 
 
 def test_minimum_risk_training_is_lire():
     """Shen et al. 2016: the risk 1 - reward, sharpness alpha = 1 / T."""
-    s, r, T = (
-        torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64),
-        torch.tensor([[0.2, 1.0, 0.5]]).double(),
-        2.0,
-    )
+    s, T = torch.tensor([[-3.0, -5.0, -1.0]], dtype=torch.float64), 2.0
+    r = torch.tensor([[0.2, 1.0, 0.5]]).double()
     risk = oracle.mrt_risk(s[0].exp().numpy(), 1 - r[0].numpy(), 1 / T)
     assert lire.lire_loss(s, r, s == s, T).item() + 1 == pytest.approx(risk)
 
 
-# against TRL, where it is installed
+# --------------------------------------------------------------- against TRL, where it is installed
 
 
 def trl_loss(trainer_name, logps, ref_logps, beta, **inputs):
-    """The loss of TRL's own code, given log-probs [N] as those of one-token responses. Written for TRL 1.16."""
+    """The loss of TRL's own code, given log-probs [N] as those of one-token responses.
+
+    Written for TRL 1.16.
+    """
     trl = pytest.importorskip("trl", minversion="1.16")
-    sequences = torch.ones(
-        len(logps), 2, dtype=torch.long
-    )  # a token of prompt, a token of response
+    # A token of prompt, a token of response.
+    sequences = torch.ones(len(logps), 2, dtype=torch.long)
     outputs = types.SimpleNamespace(log_probs=logps[:, None], is_top1=logps[:, None] > 0)
     outputs.entropy = outputs.mean_logits = torch.zeros(len(logps), 1)
     accelerator = types.SimpleNamespace(
         device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
     )
+    dpo = dict(f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0])
+    dpo |= dict(ld_alpha=None, use_weighting=False, precompute_ref_logps=True)
+    kto = dict(loss_type="kto", calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0)
     trainer = types.SimpleNamespace(
-        model=torch.nn.Identity().eval(), accelerator=accelerator, precompute_ref_logps=True, beta=beta, aux_loss_enabled=False,
-        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, use_weighting=False,
-        loss_type="kto", calculate_KL=True, desirable_weight=1.0, undesirable_weight=1.0, _compute_kl_logps=lambda *_: inputs["KL_logps"],
-        _total_train_tokens=0, _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
-    )  # fmt: skip
+        model=torch.nn.Identity().eval(),
+        accelerator=accelerator,
+        beta=beta,
+        aux_loss_enabled=False,
+        **dpo,
+        **kto,
+        _compute_kl_logps=lambda *_: inputs["KL_logps"],
+        _total_train_tokens=0,
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+    )
     batch = {
         "input_ids": sequences,
         "attention_mask": sequences,
         "completion_mask": torch.tensor([[0, 1]] * len(logps)),
+        "ref_logps": ref_logps,
     }
-    return getattr(trl, trainer_name)._compute_loss(
-        trainer, lambda **_: outputs, batch | {"ref_logps": ref_logps} | inputs, False
-    )
+    compute_loss = getattr(trl, trainer_name)._compute_loss
+    return compute_loss(trainer, lambda **_: outputs, batch | inputs, False)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_dpo_equals_trl(beta):
     chosen, rejected, ref_chosen, ref_rejected = pairs(*RATIOS)
-    expected = trl_loss(
-        "DPOTrainer", torch.cat([chosen, rejected]), None, beta, ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected
-    )  # fmt: skip
-    assert baselines.dpo_loss(*pairs(*RATIOS), beta).mean().item() == pytest.approx(
-        expected.item(), abs=1e-12
-    )
+    refs = dict(ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected)
+    both = torch.cat([chosen, rejected])
+    expected = trl_loss("DPOTrainer", both, None, beta, **refs).item()
+    loss = baselines.dpo_loss(*pairs(*RATIOS), beta)
+    assert loss.mean().item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
 @pytest.mark.parametrize("mismatched", [MISMATCHED, (-2.0, -1.0, 0.0, 0.0)])
 def test_kto_equals_trl(beta, mismatched):
     ratios, other = (torch.tensor(x, dtype=torch.float64) for x in (L, mismatched))
-    expected = trl_loss(
-        "KTOTrainer", ratios - 3, torch.full_like(ratios, -3), beta, label=torch.tensor(GOOD), KL_logps=other, ref_KL_logps=other * 0
-    )  # fmt: skip
-    assert kto(beta=beta, mismatched=mismatched).mean().item() == pytest.approx(
-        expected.item(), abs=1e-12
-    )
+    own = dict(label=torch.tensor(GOOD), KL_logps=other, ref_KL_logps=torch.zeros_like(other))
+    refs = torch.full_like(ratios, -3)
+    expected = trl_loss("KTOTrainer", ratios - 3, refs, beta, **own).item()
+    loss = kto(beta=beta, mismatched=mismatched).mean().item()
+    assert loss == pytest.approx(expected, abs=1e-12)
 
 
-# in the run
+# --------------------------------------------------------------------------------------- in the run
 
 
 def batch_of(rewards, mask=None):
@@ -377,12 +359,8 @@ RAGGED = (
 @pytest.mark.parametrize("pairs", ["best-worst", "all"])
 def test_pairs_of_a_list_are_best_against_worst_or_all_of_unlike_reward(name, pairs):
     logps, batch = batch_of(*RAGGED)
-    all_pairs = [
-        (0, 1, 0),
-        (0, 1, 2),
-        (0, 2, 0),
-        (1, 0, 1),
-    ]  # list, chosen, rejected; the third list is a tie
+    # list, chosen, rejected; the third list is a tie
+    all_pairs = [(0, 1, 0), (0, 1, 2), (0, 2, 0), (1, 0, 1)]
     expected = []
     for b, i, j in all_pairs if pairs == "all" else [(0, 1, 0), (1, 0, 1)]:
         s, ref, *_ = row(logps, batch, b)
@@ -442,13 +420,25 @@ def test_list_objectives_add_their_share_of_the_best_response():
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
 def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
-    own = (
-        {"sft_weight": 0.0} if name in ("rrhf", "slic", "pro") else {}
-    )  # the ranking alone must do it
+    # The ranking alone must do it.
+    own = {"sft_weight": 0.0} if name in ("rrhf", "slic", "pro") else {}
     c = train.Config(
-        objective=name, task="tiny", layers=1, heads=2, width=32, reference_steps=30, steps=40, lr=3e-3, evolve=2, eval_every=40,
-        eval_prompts=16, eval_samples=16, out=str(tmp_path / "run"), device="cpu", **own
-    )  # fmt: skip
+        objective=name,
+        task="tiny",
+        layers=1,
+        heads=2,
+        width=32,
+        reference_steps=30,
+        steps=40,
+        lr=3e-3,
+        evolve=2,
+        eval_every=40,
+        eval_prompts=16,
+        eval_samples=16,
+        out=str(tmp_path / "run"),
+        device="cpu",
+        **own,
+    )
     m = train.main(c)
     assert m["train_policy_reward"] > m["train_reference_reward"] + 0.05
 
