@@ -22,21 +22,25 @@ def test_token_ratio_is_tokens_over_tokens():
 
 
 def test_useful_flops_by_hand():
-    """L = 1, D = 2, V = 3; 2 lists of M = 2, S = 3, R = 2: 3 + 2 tokens read, of which the last 3 states meet the head."""
+    """L = 1, D = 2, V = 3; 2 lists of M = 2, S = 3, R = 2.
+
+    3 + 2 tokens are read, of which the last 3 states meet the head.
+    """
     blocks = 6 * (12 * 2 * 2) * (3 + 2 * 1)
     head = 6 * (3 * 2) * (1 + 2 * 1)
-    pairs = (1 + 2 + 3) + 2 * (
-        3 + 1
-    )  # a prompt token with those up to itself, a response token with prompt and itself
-    attention = (
-        3 * 2 * (2 * 2) * pairs
-    )  # forward and twice that backward; multiply-add = 2; q k and weights v, D each
+    # A prompt token with those up to itself, a response token with prompt and itself.
+    pairs = (1 + 2 + 3) + 2 * (3 + 1)
+    # Forward and twice that backward; multiply-add = 2; q k and weights v, D each.
+    attention = 3 * 2 * (2 * 2) * pairs
     config = models.GPTConfig(vocab_size=3, layers=1, heads=1, width=2)
     assert bench.useful_flops(config, 2, 2, 3, 2) == 2 * (blocks + head + attention)
 
 
 def test_useful_flops_are_those_of_the_matrix_products_that_run():
-    """Blocks and head by torch's own counter; the head sees the last prompt state M times, once would do."""
+    """Blocks and head by torch's own counter.
+
+    The head sees the last prompt state M times; once would do.
+    """
     model, once, _ = bench.setup("default", (M, S, R), "cpu", B)
     with FlopCounterMode(display=False) as counter:
         bench.update(model, once)
@@ -73,9 +77,11 @@ def test_both_variants_score_and_learn_the_same():
 
 def test_sampling_with_and_without_the_cache_draws_the_same_tokens():
     model, once, _ = bench.setup("default", (M, S, R), "cpu", B)
-    draw = lambda f: f(
-        model, once.prompt_ids, once.prompt_mask, M, R, torch.Generator().manual_seed(0)
-    )
+
+    def draw(sampler):
+        generator = torch.Generator().manual_seed(0)
+        return sampler(model, once.prompt_ids, once.prompt_mask, M, R, generator)
+
     ids, mask = draw(models.sample)
     assert mask.all() and torch.equal(draw(bench.sample_uncached), ids)
 
@@ -94,14 +100,8 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
     result = bench.main(["--quick", "--pairs", "1", "--shapes", "2,3,2"])
     assert json.loads((tmp_path / "out/bench.json").read_text()) == result
     [row] = result["rows"]
-    assert (row["model"], row["B"], row["M"], row["S"], row["R"], row["pairs"]) == (
-        "default",
-        16,
-        2,
-        3,
-        2,
-        1,
-    )
+    expected = {"model": "default", "B": 16, "M": 2, "S": 3, "R": 2, "pairs": 1}
+    assert {name: row[name] for name in expected} == expected
     assert row["reached"] == row["ratio"][1] / row["token_ratio"] and row["token_ratio"] == 10 / 7
     flops = bench.useful_flops(models.GPTConfig(), 16, 2, 3, 2)
     assert row["peak_once"] == pytest.approx(flops / row["once"][1] / 1e12)
@@ -110,16 +110,10 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
     assert bench.show(row) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--shapes", "8,64"],
-        ["--shapes", "8,0,2"],
-        ["--shapes", "a"],
-        ["--pairs", "0"],
-        ["--model", "t5"],
-    ],
-)
+IMPOSSIBLE = ["--shapes 8,64", "--shapes 8,0,2", "--shapes a", "--pairs 0", "--model t5"]
+
+
+@pytest.mark.parametrize("options", [options.split() for options in IMPOSSIBLE])
 def test_impossible_options_end_with_one_line(options, capsys):
     with pytest.raises(SystemExit):
         bench.main(options)
@@ -129,7 +123,6 @@ def test_impossible_options_end_with_one_line(options, capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_the_whole_benchmark_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [row] = bench.main(["--quick", "--pairs", "1", "--shapes", "2,32,16", "--device", "cuda"])[
-        "rows"
-    ]
+    options = ["--quick", "--pairs", "1", "--shapes", "2,32,16", "--device", "cuda"]
+    [row] = bench.main(options)["rows"]
     assert row["memory_repeated"] > row["memory_once"] > 0

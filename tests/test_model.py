@@ -1,4 +1,4 @@
-"""GPT: a prompt read once scores exactly as it does alone, and what is sampled follows what is scored."""
+"""GPT: a prompt read once scores as it does alone; what is sampled follows what is scored."""
 
 import itertools
 import math
@@ -13,17 +13,17 @@ from model import GPT, GPTConfig, next_token_probs, response_logps, sample
 
 B, M, R, S, V = 2, 3, 5, 7, 11
 EOS = V - 1
+WEIGHTS = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])  # of the log-probs [B, M]
 
 
 def random_model(dtype=torch.float64, seed=0, scale=0.3, **config):
-    """A small GPT with every parameter random, biases and norms too, so that none of them can be forgotten unseen."""
+    """A small GPT with every parameter random.
+
+    Biases and norms too, so that none of them can be forgotten unseen.
+    """
     torch.manual_seed(seed)
-    model = GPT(
-        GPTConfig(
-            **{"vocab_size": V, "context": 13, "layers": 2, "heads": 2, "width": 8, "eos": EOS}
-            | config
-        )
-    ).to(dtype)
+    size = dict(vocab_size=V, context=13, layers=2, heads=2, width=8, eos=EOS)
+    model = GPT(GPTConfig(**size | config)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=scale)
@@ -31,7 +31,10 @@ def random_model(dtype=torch.float64, seed=0, scale=0.3, **config):
 
 
 def ragged_examples():
-    """B = 2, M = 3, R = 5, S = 7; prompts of 7 and 4, responses of 5, 2, 1 and 3, 5 (truncated: no EOS), one candidate slot empty."""
+    """B = 2, M = 3, R = 5, S = 7: prompts of 7 and 4, responses of 5, 2, 1 and 3, 5.
+
+    The last is truncated (no EOS), and one candidate slot is empty.
+    """
     return [
         Example("", [1, 2, 3, 4, 5, 6, 7], [[8, 9, 3, 3, EOS], [0, EOS], [EOS]], [1.0, 2.0, 3.0]),
         Example("", [9, 0, 5, 2], [[7, 7, EOS], [4, 1, 6, 2, 9]], [1.0, 2.0]),
@@ -46,9 +49,10 @@ def ragged_batch():
 
 def with_random_padding(batch, seed):
     generator = torch.Generator().manual_seed(seed)
-    noise = lambda ids, mask: torch.where(
-        mask, ids, torch.randint(V, ids.shape, generator=generator)
-    )
+
+    def noise(ids, mask):
+        return torch.where(mask, ids, torch.randint(V, ids.shape, generator=generator))
+
     return data.Batch(
         noise(batch.prompt_ids, batch.prompt_mask),
         batch.prompt_mask,
@@ -60,16 +64,15 @@ def with_random_padding(batch, seed):
 
 
 def plain_logits(model, ids):
-    """[L, V]: one sequence read by one full causal pass over the model's own blocks, with the attention written out."""
+    """[L, V]: one sequence read by one full causal pass, with the attention written out."""
     L, D, H = len(ids), model.config.width, model.config.heads
-    heads = lambda t: t.view(L, H, D // H).transpose(0, 1)  # [H, L, D/H]
+    heads = lambda x: x.view(L, H, D // H).transpose(0, 1)  # [H, L, D/H]
+    ahead = torch.ones(L, L).triu(1).bool()
     x = model.wte.weight[ids] + model.wpe.weight[:L]
     for block in model.h:
         q, k, v = map(heads, block.attn.c_attn(block.ln_1(x)).split(D, -1))
         scores = q @ k.transpose(1, 2) / math.sqrt(D // H)
-        weights = scores.masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf).softmax(
-            -1
-        )  # [H, L, L]
+        weights = scores.masked_fill(ahead, -math.inf).softmax(-1)  # [H, L, L]
         x = x + block.attn.c_proj((weights @ v).transpose(0, 1).reshape(L, D))
         h = block.mlp["c_fc"](block.ln_2(x))
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
@@ -83,9 +86,8 @@ def logits_alone(model, prompt, response):
 
 
 def logps_alone(model, prompt, response):
-    return (
-        logits_alone(model, prompt, response).log_softmax(-1)[range(len(response)), response].sum()
-    )
+    logps = logits_alone(model, prompt, response).log_softmax(-1)  # [len(response), V]
+    return logps[range(len(response)), response].sum()
 
 
 def candidates():
@@ -98,12 +100,20 @@ def candidates():
 
 
 def gradients(model, value):
+    """Those of all parameters, by name."""
     model.zero_grad()
     value.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------- the prompt is read once
+def check_gradients(found, expected, rtol, atol=None):
+    """Both by name; atol: rtol where it is not given."""
+    for name, value in expected.items():
+        message = lambda text, name=name: f"{name}: {text}"
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol or rtol, msg=message)
+
+
+# -------------------------------------------------------------------------- the prompt is read once
 
 
 def test_logits_equal_those_of_every_response_alone():
@@ -111,77 +121,50 @@ def test_logits_equal_those_of_every_response_alone():
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     assert logits.shape == (B, M, R, V)
     for i, j, x, y in candidates():
-        torch.testing.assert_close(
-            logits[i, j, : len(y)], logits_alone(model, x, y), rtol=1e-10, atol=1e-10
-        )
-        one = make_batch(
-            [Example("", x, [y], [0.0])], EOS
-        )  # the same model, B = M = 1 and nothing padded
-        torch.testing.assert_close(
-            logits[i, j, : len(y)],
-            model(one.prompt_ids, one.prompt_mask, one.response_ids)[0, 0],
-            rtol=1e-10,
-            atol=1e-10,
-        )
+        own = logits[i, j, : len(y)]
+        torch.testing.assert_close(own, logits_alone(model, x, y), rtol=1e-10, atol=1e-10)
+        # The same model, B = M = 1 and nothing padded.
+        one = make_batch([Example("", x, [y], [0.0])], EOS)
+        alone = model(one.prompt_ids, one.prompt_mask, one.response_ids)[0, 0]
+        torch.testing.assert_close(own, alone, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_equal_those_of_every_response_alone():
     model, batch = random_model(), ragged_batch()
-    weights = torch.randn(
-        B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=generator)
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     once = gradients(model, (weights * logits)[batch.response_mask].sum())
-    alone = gradients(
-        model,
-        sum(
-            (weights[i, j, : len(y)] * logits_alone(model, x, y)).sum()
-            for i, j, x, y in candidates()
-        ),
-    )
-    for name in once:
-        torch.testing.assert_close(
-            once[name], alone[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    alone = [
+        (weights[i, j, : len(y)] * logits_alone(model, x, y)).sum() for i, j, x, y in candidates()
+    ]
+    check_gradients(once, gradients(model, sum(alone)), 1e-9)
 
 
 def test_logps_and_their_gradients_equal_those_of_every_response_alone():
     model, batch = random_model(torch.float32), ragged_batch()
-    weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
     logps = response_logps(model, batch)
     assert logps.shape == (B, M) and logps.dtype == torch.float32
     assert logps[1, 2] == 0  # the empty slot
     for i, j, x, y in candidates():
         torch.testing.assert_close(logps[i, j], logps_alone(model, x, y), rtol=1e-5, atol=1e-5)
-    once = gradients(model, (weights * logps).sum())
-    alone = gradients(
-        model, sum(weights[i, j] * logps_alone(model, x, y) for i, j, x, y in candidates())
-    )
-    for name in once:
-        torch.testing.assert_close(
-            once[name], alone[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    once = gradients(model, (WEIGHTS * logps).sum())
+    alone = [WEIGHTS[i, j] * logps_alone(model, x, y) for i, j, x, y in candidates()]
+    check_gradients(once, gradients(model, sum(alone)), 1e-4)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_padding_changes_nothing(seed):
     model, batch = random_model(torch.float32), ragged_batch()
     noisy = with_random_padding(batch, seed)
-    assert not torch.equal(noisy.prompt_ids, batch.prompt_ids) and not torch.equal(
-        noisy.response_ids, batch.response_ids
-    )
+    assert not torch.equal(noisy.prompt_ids, batch.prompt_ids)
+    assert not torch.equal(noisy.response_ids, batch.response_ids)
     logps, noisy_logps = response_logps(model, batch), response_logps(model, noisy)
     torch.testing.assert_close(noisy_logps, logps, rtol=0, atol=1e-6)
-    weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
-    clean, dirty = (
-        gradients(model, (weights * logps).sum()),
-        gradients(model, (weights * noisy_logps).sum()),
-    )
-    for name in clean:
-        torch.testing.assert_close(dirty[name], clean[name], rtol=1e-5, atol=1e-5)
-    longer = make_batch(
-        [*ragged_examples(), Example("", [1] * 8, [[1] * 5] * 4, [0.0] * 4)], EOS
-    )  # more padding: S = 8, M = 4
+    clean = gradients(model, (WEIGHTS * logps).sum())
+    check_gradients(gradients(model, (WEIGHTS * noisy_logps).sum()), clean, 1e-5)
+    more = Example("", [1] * 8, [[1] * 5] * 4, [0.0] * 4)
+    longer = make_batch([*ragged_examples(), more], EOS)  # more padding: S = 8, M = 4
     torch.testing.assert_close(response_logps(model, longer)[:B, :M], logps, rtol=0, atol=1e-5)
 
 
@@ -191,13 +174,9 @@ def test_prompt_states_and_the_first_prediction():
     hidden = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     assert states.shape == (B, S, 8) and hidden.shape == (B, M, R, 8)
     for i, e in enumerate(ragged_examples()):
-        n = len(e.prompt_ids)
-        torch.testing.assert_close(
-            states[i, :n] @ model.wte.weight.T,
-            plain_logits(model, torch.tensor(e.prompt_ids)),
-            rtol=1e-10,
-            atol=1e-10,
-        )
+        n, expected = len(e.prompt_ids), plain_logits(model, torch.tensor(e.prompt_ids))
+        logits = states[i, :n] @ model.wte.weight.T
+        torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
         for j in range(M):  # the last real prompt token predicts the first token of every response
             torch.testing.assert_close(hidden[i, j, 0], states[i, n - 1], rtol=1e-10, atol=1e-10)
 
@@ -210,49 +189,58 @@ def test_scoring_and_sampling_leave_the_batch_as_it_was():
         assert value is None or torch.equal(getattr(batch, name), value), name
 
 
-def test_causal_and_blind_to_the_other_candidates():
-    model, batch = random_model(), ragged_batch()
+def check_causal(model):
+    """A token changes the logits that follow it in its own response, and nothing else.
+
+    A prompt token changes all logits of its own prompt's responses.
+    """
+    batch = ragged_batch()
     score = lambda prompts, responses: model(prompts, batch.prompt_mask, responses)
     logits = score(batch.prompt_ids, batch.response_ids)
-    for t in range(
-        R
-    ):  # token t of candidate (0, 1) changes what follows it there, and nothing else
+    for t in range(R):
         changed = batch.response_ids.clone()
         changed[0, 1, t] = (changed[0, 1, t] + 1) % V
         same = (score(batch.prompt_ids, changed) - logits).abs().amax(-1) < 1e-12
         expected = torch.ones(B, M, R, dtype=torch.bool)
         expected[0, 1, t + 1 :] = False
         assert torch.equal(same, expected), t
-    for s in range(S):  # a prompt token changes every response of its prompt
+    for s in range(S):
         changed = batch.prompt_ids.clone()
         changed[0, s] = (changed[0, s] + 1) % V
         differs = (score(changed, batch.response_ids) - logits).abs().amax(-1) > 1e-6
         assert differs[0].all() and not differs[1].any(), s
 
 
+def test_causal_and_blind_to_the_other_candidates():
+    check_causal(random_model())
+
+
 def test_positions_continue_the_true_length_of_the_prompt():
-    """A prompt of 3 padded to 7 and a response of 5 read the positions 0 to 6: 3 tokens and 4 (the last is only predicted)."""
-    model = random_model()
-    batch = make_batch(
-        [Example("", [1] * S, [[1]], [0.0]), Example("", [1, 2, 3], [[4, 5, 6, 7, EOS]], [0.0])],
-        EOS,
-    )
+    """A prompt of 3 padded to 7 and a response of 5 read the positions 0 to 6.
+
+    These are 3 tokens and 4: the last is only predicted.
+    """
+    model, response = random_model(), [4, 5, 6, 7, EOS]
+    examples = [Example("", [1] * S, [[1]], [0.0]), Example("", [1, 2, 3], [response], [0.0])]
+    batch = make_batch(examples, EOS)
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     read = gradients(model, (logits[1] ** 2).sum())["wpe.weight"].abs().sum(-1) > 0
     assert read.tolist() == [True] * 7 + [False] * 6
-    with torch.no_grad():  # the last position of all, read alone by the response, is the one that moves its last prediction
+    # The last position of all, which only the response reads, moves its last prediction.
+    with torch.no_grad():
         model.wpe.weight[6] += torch.arange(8.0)
-    moved = (model(batch.prompt_ids, batch.prompt_mask, batch.response_ids) - logits)[
-        1, 0
-    ].abs().amax(-1) > 1e-6
-    assert moved.tolist() == [False] * 4 + [True]
+    moved = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids) - logits
+    assert (moved[1, 0].abs().amax(-1) > 1e-6).tolist() == [False] * 4 + [True]
 
 
-# ------------------------------------------------------------------------------------------------- what a log-prob counts
+# --------------------------------------------------------------------------- what a log-prob counts
 
 
 def test_uniform_model_counts_every_response_token_once():
-    """All weights zero: every token has probability 1 / V, so log pi = -(tokens, EOS included) log V."""
+    """All weights zero: every token has probability 1 / V.
+
+    So log pi = -(tokens, EOS included) log V.
+    """
     model, batch = random_model(torch.float32), ragged_batch()
     with torch.no_grad():
         for p in model.parameters():
@@ -267,6 +255,7 @@ def test_every_plausible_wrong_sum_disagrees():
     token = logits_alone(model, x, y).log_softmax(-1)[range(3), y]  # [3]
     everything = plain_logits(model, torch.tensor(x + y)).log_softmax(-1)  # [7, V]
     assert logps == pytest.approx(token.sum().item(), abs=1e-5)
+    restarted = logps_alone(model, x, y[:1]) + logps_alone(model, x, y[1:])
     wrong = {
         "first token dropped": token[1:].sum(),
         "EOS dropped": token[:-1].sum(),
@@ -277,8 +266,7 @@ def test_every_plausible_wrong_sum_disagrees():
         "the last prompt token in the sum": token.sum() + everything[2, x[3]],
         "a token judged by its own logits": everything[range(4, 7), y].sum(),
         "a token judged by those before the last": everything[range(2, 5), y].sum(),
-        "without positions after the prompt": logps_alone(model, x, y[:1])
-        + logps_alone(model, x, y[1:]),
+        "without positions after the prompt": restarted,
     }
     for name, value in wrong.items():
         assert abs(value.item() - logps) > 1e-2, name
@@ -292,49 +280,48 @@ def test_allowed_tokens_share_all_the_probability():
     logps = response_logps(model, batch, allowed)
     for i, j, x, y in candidates():
         logits = logits_alone(model, x, y).masked_fill(~allowed[: len(y)], -math.inf)
-        torch.testing.assert_close(
-            logps[i, j], logits.log_softmax(-1)[range(len(y)), y].sum(), rtol=1e-5, atol=1e-5
-        )
+        expected = logits.log_softmax(-1)[range(len(y)), y].sum()
+        torch.testing.assert_close(logps[i, j], expected, rtol=1e-5, atol=1e-5)
     assert (logps > response_logps(model, batch))[batch.candidate_mask].all()
     allowed[0, 8] = False  # the first token of candidate (0, 0)
     assert response_logps(model, batch, allowed)[0, 0] == -math.inf
 
 
+def tiny_responses(enc, task):
+    """The 8 + 64 + 512 = 584 responses of the task tiny, as token ids."""
+    words = [enc.encode_single_token(" " + word) for word in task.words]
+    chosen = [itertools.product(words, repeat=count) for count in (1, 2, 3)]
+    return [[*ids, enc.eot_token] for lists in chosen for ids in lists]
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3])
 def test_the_584_responses_of_tiny_sum_to_one(scale):
-    """As initialised, and with every weight moved: float64 logits to 1e-12, response_logps' float32 to 1e-6."""
+    """As initialised, and with every weight moved.
+
+    float64 logits to 1e-12, response_logps' float32 to 1e-6.
+    """
     task = data.make_task("tiny", random.Random(0))
     enc = data.encoding(data.word_ranks(task.vocabulary))
-    words = [enc.encode_single_token(" " + w) for w in task.words]
-    responses = [
-        [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)
-    ]
+    responses = tiny_responses(enc, task)
     assert len(responses) == 8 + 64 + 512 == 584
-    model = random_model(
-        scale=scale, vocab_size=enc.n_vocab, context=32, width=16, eos=enc.eot_token
-    )
+    size = dict(vocab_size=enc.n_vocab, context=32, width=16, eos=enc.eot_token)
+    model = random_model(scale=scale, **size)
     prompts = [enc.encode_ordinary(task.prompts[part][0]) for part in ("heldout", "ood")]
     batch = make_batch([Example("", x, responses, [0.0] * 584) for x in prompts], enc.eot_token)
     allowed = data.allowed_tokens(task, enc)
     with torch.no_grad():
-        assert (
-            response_logps(model.float(), batch, allowed).double().exp().sum(-1) - 1
-        ).abs().max() < 1e-6
-        logits = model.double()(
-            batch.prompt_ids, batch.prompt_mask, batch.response_ids
-        ).masked_fill(~allowed, -math.inf)
-    logps = (
-        logits.log_softmax(-1)
-        .gather(-1, batch.response_ids[..., None])[..., 0]
-        .masked_fill(~batch.response_mask, 0)
-        .sum(-1)
-    )
+        logps = response_logps(model.float(), batch, allowed)
+        assert (logps.double().exp().sum(-1) - 1).abs().max() < 1e-6
+        logits = model.double()(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    ids, masked = batch.response_ids[..., None], logits.masked_fill(~allowed, -math.inf)
+    logps = masked.log_softmax(-1).gather(-1, ids)[..., 0]  # [B, M, R]
+    logps = logps.masked_fill(~batch.response_mask, 0).sum(-1)
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-12
     if scale:
         assert logps.exp().std() > 1e-4  # far from the uniform that would sum to one by itself
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
 FIVE = dict(vocab_size=5, eos=4, context=8, scale=0.5)
@@ -344,17 +331,16 @@ FIVE_PROMPTS = (
 )
 # every response of at most 3 of 5 tokens: 1 + 4 + 16 that end with EOS, 64 truncated
 FIVE_RESPONSES = [
-    [*ws, *end]
-    for n, end in ((0, [4]), (1, [4]), (2, [4]), (3, []))
-    for ws in itertools.product(range(4), repeat=n)
+    [*ids, *end]
+    for count, end in ((0, [4]), (1, [4]), (2, [4]), (3, []))
+    for ids in itertools.product(range(4), repeat=count)
 ]
 
 
 def as_lists(ids, mask):
     """[B][M] lists of the real tokens."""
-    return [
-        [y[:n] for y, n in zip(row, ns)] for row, ns in zip(ids.tolist(), mask.sum(-1).tolist())
-    ]
+    lengths = mask.sum(-1).tolist()
+    return [[y[:n] for y, n in zip(*pair)] for pair in zip(ids.tolist(), lengths)]
 
 
 def enumerated_probs(model, prompts=FIVE_PROMPTS):
@@ -378,7 +364,8 @@ def chi_square(lists, probs):
 def test_samples_follow_the_scores(push, leaving):
     """Chi-square over all 85 responses (84 degrees of freedom: mean 84, deviation 13).
 
-    Pushed towards EOS, over a quarter of the responses end at the first token and again at the second, and leave the cache.
+    Pushed towards EOS, over a quarter of the responses end at the first token and again at the
+    second, and leave the cache.
     """
     model = random_model(torch.float32, **FIVE)
     with torch.no_grad():
@@ -395,9 +382,8 @@ def test_samples_follow_the_scores(push, leaving):
     assert left == leaving
     for i in range(2):
         assert chi_square(lists[i], probs[i]) < 84 + 5 * 13
-        assert (
-            chi_square(lists[i], probs[1 - i]) > 1000
-        )  # the test would see another prompt's distribution
+        # The test would see another prompt's distribution.
+        assert chi_square(lists[i], probs[1 - i]) > 1000
 
 
 def test_samples_repeat_under_the_same_generator_and_only_then():
@@ -412,35 +398,28 @@ def test_samples_repeat_under_the_same_generator_and_only_then():
 def test_what_stands_after_eos_and_where_it_is_missing():
     model = random_model(torch.float32, **FIVE)
     ids, mask = sample(model, *FIVE_PROMPTS, 200, 3, torch.Generator().manual_seed(0))
-    assert (
-        ids.shape == mask.shape == (2, 200, 3)
-        and ids.dtype == torch.int64
-        and mask.dtype == torch.bool
-    )
+    assert ids.shape == mask.shape == (2, 200, 3)
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert (ids[~mask] == 4).all()
     lists = sum(as_lists(ids, mask), [])
-    assert all(
-        (y[-1] == 4) == (4 in y) and y.count(4) <= 1 and (4 in y or len(y) == 3) for y in lists
-    )
+    for y in lists:
+        assert (y[-1] == 4) == (4 in y) and y.count(4) <= 1 and (4 in y or len(y) == 3)
     assert {len(y) for y in lists} == {1, 2, 3} and any(4 not in y for y in lists)
     assert torch.equal(mask, mask.cummin(-1).values.bool())  # no holes
+    # EOS for certain: R is the longest response drawn, not max_tokens.
     with torch.no_grad():
-        model.ln_f.bias += (
-            50 * model.wte.weight[4]
-        )  # EOS for certain: R is the longest response drawn, not max_tokens
+        model.ln_f.bias += 50 * model.wte.weight[4]
     ids, mask = sample(model, *FIVE_PROMPTS, 3, 3, torch.Generator())
     assert ids.tolist() == [[[4]] * 3] * 2 and mask.all()
 
 
 def test_temperature_divides_the_logits():
     model = random_model(torch.float32, **FIVE)
-    ids, mask = sample(
-        model, *FIVE_PROMPTS, 6000, 3, torch.Generator().manual_seed(2), temperature=0.5
-    )
-    lists, at_one = as_lists(ids, mask), enumerated_probs(model)
-    with (
-        torch.no_grad()
-    ):  # logits = ln_f(x) @ wte.T, so twice the last norm is half the temperature
+    generator = torch.Generator().manual_seed(2)
+    lists = as_lists(*sample(model, *FIVE_PROMPTS, 6000, 3, generator, temperature=0.5))
+    at_one = enumerated_probs(model)
+    # logits = ln_f(x) @ wte.T, so twice the last norm is half the temperature.
+    with torch.no_grad():
         model.ln_f.weight *= 2
         model.ln_f.bias *= 2
     at_half = enumerated_probs(model)
@@ -448,9 +427,8 @@ def test_temperature_divides_the_logits():
         expected = 6000 * at_half[i]
         often = expected > 5
         counts = torch.tensor([lists[i].count(y) for y in FIVE_RESPONSES], dtype=torch.float64)
-        assert ((counts - expected) ** 2 / expected)[often].sum() < often.sum() + 5 * (
-            2 * often.sum()
-        ) ** 0.5
+        distance, freedom = ((counts - expected) ** 2 / expected)[often].sum(), often.sum()
+        assert distance < freedom + 5 * (2 * freedom) ** 0.5
         assert (counts / 6000 - at_one[i]).abs().max() > 0.05
 
 
@@ -468,79 +446,70 @@ def test_greedy_limits(options):
 
 
 def test_next_token_probs_by_hand():
-    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]]).log() + torch.tensor(
-        [[3.0], [-5.0]]
-    )
-    cut = lambda **options: (lambda p: p / p.sum(-1, keepdim=True))(
-        next_token_probs(logits, **options)
-    )
-    check = lambda p, rows: torch.testing.assert_close(
-        p, torch.tensor(rows, dtype=torch.float32), rtol=1e-5, atol=1e-6
-    )
-    check(next_token_probs(logits), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
-    check(cut(top_k=2), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]])
-    check(cut(top_k=9), [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]])
-    check(
-        cut(top_p=0.65), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
-    )  # .4 + .3 and .6 + .25 are the first to reach it
+    rows = [[0.1, 0.4, 0.2, 0.3], [0.25, 0.05, 0.6, 0.1]]
+    two = [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
+    logits = torch.tensor(rows).log() + torch.tensor([[3.0], [-5.0]])
+
+    def check(probs, expected):
+        expected = torch.tensor(expected, dtype=torch.float32)
+        torch.testing.assert_close(probs, expected, rtol=1e-5, atol=1e-6)
+
+    def cut(**options):
+        probs = next_token_probs(logits, **options)
+        return probs / probs.sum(-1, keepdim=True)
+
+    check(next_token_probs(logits), rows)
+    check(cut(top_k=2), two)
+    check(cut(top_k=9), rows)
+    check(cut(top_p=0.65), two)  # .4 + .3 and .6 + .25 are the first to reach it
     check(cut(top_p=0.55), [[0, 4 / 7, 0, 3 / 7], [0, 0, 1, 0]])
     check(cut(top_p=0.35), [[0, 1, 0, 0], [0, 0, 1, 0]])
     check(cut(top_p=0.93), [[0.1, 0.4, 0.2, 0.3], [25 / 95, 0, 60 / 95, 10 / 95]])
-    assert (
-        next_token_probs(torch.zeros(1, 4), top_p=0.5) > 0
-    ).sum() == 2  # two quarters reach a half
-    check(
-        cut(top_k=3, top_p=0.7), [[0, 4 / 7, 0, 3 / 7], [25 / 85, 0, 60 / 85, 0]]
-    )  # p of what top_k left: 4/9 + 3/9; 60/95 + 25/95
-    check(
-        cut(allowed=torch.tensor([True, False, True, False])),
-        [[1 / 3, 0, 2 / 3, 0], [25 / 85, 0, 60 / 85, 0]],
-    )
-    check(
-        cut(allowed=torch.tensor([True, True, False, True]), top_k=1), [[0, 1, 0, 0], [1, 0, 0, 0]]
-    )
+    halves = next_token_probs(torch.zeros(1, 4), top_p=0.5)
+    assert (halves > 0).sum() == 2  # two quarters reach a half
+    check(cut(top_k=3, top_p=0.7), two)  # p of what top_k left: 4/9 + 3/9; 60/95 + 25/95
+    allowed = torch.tensor([True, False, True, False])
+    check(cut(allowed=allowed), [[1 / 3, 0, 2 / 3, 0], [25 / 85, 0, 60 / 85, 0]])
+    allowed = torch.tensor([True, True, False, True])
+    check(cut(allowed=allowed, top_k=1), [[0, 1, 0, 0], [1, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
     "options, possible", [({"top_k": 2}, 2), ({"top_p": 0.5}, None), ({"allowed": True}, 3)]
 )
 def test_samples_stay_inside_what_is_possible(options, possible):
-    """Every token drawn is one that next_token_probs gives a share, and the shares are right for the first token."""
+    """Every token drawn is one that next_token_probs gives a share.
+
+    For the first token the shares are right, too.
+    """
     model = random_model(torch.float32, **FIVE)
     if "allowed" in options:
-        options = {
-            "allowed": torch.tensor(
-                [[True, False, True, True, False]] * 2 + [[False, True, False, False, True]]
-            )
-        }
-    lists = as_lists(
-        *sample(model, *FIVE_PROMPTS, 4000, 3, torch.Generator().manual_seed(3), **options)
-    )
+        rows = [[True, False, True, True, False]] * 2 + [[False, True, False, False, True]]
+        options = {"allowed": torch.tensor(rows)}
+    generator = torch.Generator().manual_seed(3)
+    lists = as_lists(*sample(model, *FIVE_PROMPTS, 4000, 3, generator, **options))
+
+    def probs_after(ids, place):
+        here = dict(options)
+        if "allowed" in options:
+            here["allowed"] = options["allowed"][place]
+        return next_token_probs(plain_logits(model, torch.tensor(ids))[-1:], **here)[0]
+
     for x, n, row in zip(FIVE_PROMPTS[0].tolist(), (3, 2), lists):
         for y in {tuple(y) for y in row}:
             for t in range(len(y)):
-                here = options | (
-                    {"allowed": options["allowed"][t]} if "allowed" in options else {}
-                )
-                p = next_token_probs(
-                    plain_logits(model, torch.tensor(x[:n] + list(y[:t])))[-1:], **here
-                )[0]
-                assert p[y[t]] > 0
-                if t == 0:
-                    assert possible is None or (p > 0).sum() == possible
-                    shares = torch.tensor([sum(z[0] == v for z in row) for v in range(5)]) / len(
-                        row
-                    )
-                    torch.testing.assert_close(
-                        shares, (p / p.sum()).detach(), rtol=0, atol=5 * 0.5 / 4000**0.5
-                    )
+                assert probs_after(x[:n] + list(y[:t]), t)[y[t]] > 0
+        probs = probs_after(x[:n], 0)
+        assert possible is None or (probs > 0).sum() == possible
+        shares = torch.tensor([sum(y[0] == v for y in row) for v in range(5)]) / len(row)
+        expected = (probs / probs.sum()).detach()
+        torch.testing.assert_close(shares, expected, rtol=0, atol=5 * 0.5 / 4000**0.5)
 
 
-@pytest.mark.parametrize("u, expected", [(0.0, 1), (1 - 2**-53, 3)])
-def test_the_ends_of_the_uniform_draw_never_pick_an_impossible_token(monkeypatch, u, expected):
-    monkeypatch.setattr(
-        torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64)
-    )
+@pytest.mark.parametrize("end, expected", [(0.0, 1), (1 - 2**-53, 3)])
+def test_the_ends_of_the_uniform_draw_never_pick_an_impossible_token(monkeypatch, end, expected):
+    draw = lambda *size, **options: torch.full(size, end, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", draw)
     allowed = torch.tensor([[False, True, False, True, False]] * 3)
     ids, _ = sample(random_model(torch.float32, **FIVE), *FIVE_PROMPTS, 7, 3, None, allowed=allowed)
     assert (ids == expected).all()
@@ -549,9 +518,8 @@ def test_the_ends_of_the_uniform_draw_never_pick_an_impossible_token(monkeypatch
 def test_decoding_step_by_step_gives_the_scoring_logits():
     """Also after responses have left the cache, some of them twice, and in another order."""
     model, batch = random_model(), ragged_batch()
-    expected = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids).flatten(
-        0, 1
-    )  # [B * M, R, V]
+    expected = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    expected = expected.flatten(0, 1)  # [B * M, R, V]
     ids, alive = batch.response_ids.flatten(0, 1), torch.arange(B * M)
     leaving = {1: [5, 0, 3, 2], 3: [2, 1]}  # before step t these rows of the last call stay
     with torch.no_grad():
@@ -560,19 +528,17 @@ def test_decoding_step_by_step_gives_the_scoring_logits():
         for t in range(R - 1):
             rows = torch.tensor(leaving[t]) if t in leaving else None
             alive = alive if rows is None else alive[rows]
-            torch.testing.assert_close(
-                step(ids[alive, t], rows), expected[alive, t + 1], rtol=1e-10, atol=1e-10
-            )
+            logits = step(ids[alive, t], rows)
+            torch.testing.assert_close(logits, expected[alive, t + 1], rtol=1e-10, atol=1e-10)
     assert alive.tolist() == [3, 0]
 
 
-# ------------------------------------------------------------------------------------------------------- GPT-2 and edges
+# ---------------------------------------------------------------------------------- GPT-2 and edges
 
 
 def test_logits_equal_transformers_gpt2():
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is the oracle here: pip install transformers"
-    )
+    why = "transformers is the oracle here: pip install transformers"
+    transformers = pytest.importorskip("transformers", reason=why)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=V,
@@ -589,67 +555,48 @@ def test_logits_equal_transformers_gpt2():
         for p in oracle.parameters():
             p.add_(torch.randn_like(p), alpha=0.3)  # biases and norms too
     model = GPT(GPTConfig(vocab_size=V, context=13, layers=2, heads=2, width=8, eos=EOS)).double()
-    weights = {name: p for name, p in oracle.transformer.named_parameters()}
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # of Conv1D
+    weights = dict(oracle.transformer.named_parameters())
     model.load_state_dict(
-        {
-            name: p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
-            for name, p in weights.items()
-        }
+        {name: p.T if name.endswith(turned) else p for name, p in weights.items()}
     )
     batch = ragged_batch()
+    check = lambda logits, expected: torch.testing.assert_close(
+        logits, expected, rtol=1e-6, atol=1e-6
+    )
     with torch.no_grad():
         logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
         for i, j, x, y in candidates():
-            theirs = oracle(torch.tensor([x + y])).logits[0]  # [len(x) + len(y), V]
-            torch.testing.assert_close(
-                plain_logits(model, torch.tensor(x + y)), theirs, rtol=1e-6, atol=1e-6
-            )
-            torch.testing.assert_close(
-                model.head(model.encode(torch.tensor([x + y]), None))[0],
-                theirs,
-                rtol=1e-6,
-                atol=1e-6,
-            )
-            torch.testing.assert_close(
-                logits[i, j, : len(y)], theirs[len(x) - 1 : -1], rtol=1e-6, atol=1e-6
-            )
+            ids = torch.tensor([x + y])
+            theirs = oracle(ids).logits[0]  # [len(x) + len(y), V]
+            check(plain_logits(model, ids[0]), theirs)
+            check(model.head(model.encode(ids, None))[0], theirs)
+            check(logits[i, j, : len(y)], theirs[len(x) - 1 : -1])
 
 
-@pytest.mark.parametrize(
-    "prompt, responses",
-    [
-        ([3], [[EOS]]),
-        ([3], [[4, EOS]]),
-        ([1, 2, 3], [[EOS]]),
-        ([3], [[4], [5], [EOS]]),
-        ([3] * 8, [[4] * 5]),
-    ],
-)
+SIZES = [
+    ([3], [[EOS]]),
+    ([3], [[4, EOS]]),
+    ([1, 2, 3], [[EOS]]),
+    ([3], [[4], [5], [EOS]]),
+    ([3] * 8, [[4] * 5]),
+]
+
+
+@pytest.mark.parametrize("prompt, responses", SIZES)
 def test_smallest_and_largest_sizes(prompt, responses):
     """S = 1, R = 1, M = 1, each alone and together, and S + R = the whole context."""
     model = random_model()
     batch = make_batch([Example("", prompt, responses, [0.0] * len(responses))], EOS)
-    logits, step = model.decode(
-        batch.prompt_ids, batch.prompt_mask, len(responses), batch.response_ids.shape[-1]
-    )
+    prompts, (_, count, length) = (batch.prompt_ids, batch.prompt_mask), batch.response_ids.shape
+    scored = model(*prompts, batch.response_ids)[0]
+    first, _ = model.decode(*prompts, count, length)
     for j, y in enumerate(responses):
         expected = logits_alone(model, prompt, y)
-        torch.testing.assert_close(
-            model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)[0, j, : len(y)],
-            expected,
-            rtol=1e-10,
-            atol=1e-10,
-        )
-        torch.testing.assert_close(logits[j], expected[0], rtol=1e-10, atol=1e-10)
-    ids, mask = sample(
-        model,
-        batch.prompt_ids,
-        batch.prompt_mask,
-        len(responses),
-        batch.response_ids.shape[-1],
-        torch.Generator(),
-    )
-    assert ids.shape[:2] == (1, len(responses)) and mask[..., 0].all()
+        torch.testing.assert_close(scored[j, : len(y)], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(first[j], expected[0], rtol=1e-10, atol=1e-10)
+    ids, mask = sample(model, *prompts, count, length, torch.Generator())
+    assert ids.shape[:2] == (1, count) and mask[..., 0].all()
 
 
 def test_longer_than_the_context_is_refused():
@@ -670,24 +617,24 @@ def test_bfloat16_autocast_scores_in_float32():
     assert logps.dtype == torch.float32 and ids.shape[:2] == (B, M)
     assert not torch.equal(logps, exact)
     length = batch.response_mask.sum(-1)
-    assert (
-        (logps - exact).abs() <= 0.05 * length
-    ).all()  # bfloat16 keeps 8 bits: some hundredths of a nat a token
-    assert (
-        response_logps(model.bfloat16(), batch).dtype == torch.float32
-    )  # weights in bfloat16, the log-softmax still is not
+    # bfloat16 keeps 8 bits: some hundredths of a nat a token.
+    assert ((logps - exact).abs() <= 0.05 * length).all()
+    # The weights are in bfloat16, the log-softmax still is not.
+    assert response_logps(model.bfloat16(), batch).dtype == torch.float32
 
 
 def test_initialisation_is_gpt2s_at_gpt2s_width():
-    """Deviation 0.02 at width 768, and over sqrt(2 L) for what is added to the residual stream; biases 0, norms 1."""
+    """Deviation 0.02 at width 768, and over sqrt(2 L) for what is added to the residual stream.
+
+    Biases are 0, norms 1.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(width=768, heads=12, layers=2))
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.02 / math.sqrt(2 * 2) if name.endswith("c_proj.weight") else 0.02
-            assert (
-                abs(p.std().item() / expected - 1) < 0.01 and abs(p.mean().item()) < 0.01 * expected
-            ), name
+            assert abs(p.std().item() / expected - 1) < 0.01, name
+            assert abs(p.mean().item()) < 0.01 * expected, name
         else:
             assert (p == (1 if ".weight" in name else 0)).all(), name
 
@@ -697,14 +644,8 @@ def test_initial_loss_is_near_log_v():
     config = GPTConfig()
     model = GPT(config)
     ids = torch.randint(config.vocab_size, (16, 2, 40))
-    batch = data.Batch(
-        ids[:, 0],
-        torch.ones(16, 40, dtype=torch.bool),
-        ids[:, 1:, :20],
-        torch.ones(16, 1, 20, dtype=torch.bool),
-        None,
-        None,
-    )
+    ones = lambda *shape: torch.ones(shape, dtype=torch.bool)
+    batch = data.Batch(ids[:, 0], ones(16, 40), ids[:, 1:, :20], ones(16, 1, 20), None, None)
     loss = -response_logps(model, batch).mean().item() / 20
     assert abs(loss - math.log(config.vocab_size)) < 0.3
 
@@ -712,36 +653,27 @@ def test_initial_loss_is_near_log_v():
 def test_gpt2_has_its_published_number_of_parameters():
     with torch.device("meta"):
         model = GPT(GPTConfig(50257, 1024, 12, 12, 768, 50256))
-    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    count = sum(p.numel() for p in model.parameters())
     L, D = 12, 768
-    assert (
-        sum(p.numel() for p in model.parameters())
-        == (50257 + 1024) * D + L * (12 * D**2 + 13 * D) + 2 * D
-    )
+    assert count == 124_439_808
+    assert count == (50257 + 1024) * D + L * (12 * D**2 + 13 * D) + 2 * D
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_the_same_on_a_gpu():
     model, batch = random_model(torch.float32), ragged_batch()
-    weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
     on_cpu = response_logps(model, batch)
-    cpu_gradients = gradients(model, (weights * on_cpu).sum())
+    cpu_gradients = gradients(model, (WEIGHTS * on_cpu).sum())
     model, batch = model.cuda(), make_batch(ragged_examples(), EOS, "cuda")
     logps = response_logps(model, batch)
     torch.testing.assert_close(logps.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
-    for name, gradient in gradients(model, (weights.cuda() * logps).sum()).items():
-        torch.testing.assert_close(gradient.cpu(), cpu_gradients[name], rtol=1e-3, atol=1e-3)
+    on_gpu = gradients(model, (WEIGHTS.cuda() * logps).sum())
+    check_gradients({name: grad.cpu() for name, grad in on_gpu.items()}, cpu_gradients, 1e-3)
     model = random_model(torch.float32, **FIVE)
     probs = enumerated_probs(model)
-    lists = as_lists(
-        *sample(
-            model.cuda(),
-            *(x.cuda() for x in FIVE_PROMPTS),
-            6000,
-            3,
-            torch.Generator("cuda").manual_seed(1),
-        )
-    )
+    prompts = [x.cuda() for x in FIVE_PROMPTS]
+    generator = torch.Generator("cuda").manual_seed(1)
+    lists = as_lists(*sample(model.cuda(), *prompts, 6000, 3, generator))
     for i in range(2):
         assert chi_square(lists[i], probs[i]) < 84 + 5 * 13
     with torch.autocast("cuda", torch.bfloat16):

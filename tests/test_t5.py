@@ -1,7 +1,9 @@
-"""T5: transformers' v1.1 judges it; the prompt read once scores as each response alone; the value network sees the prompt alone."""
+"""T5: transformers' v1.1 judges it, and the prompt read once scores as each response alone.
+
+The value network sees the prompt alone.
+"""
 
 import dataclasses
-import itertools
 import random
 
 import pytest
@@ -10,17 +12,20 @@ from test_model import (
     EOS,
     FIVE_PROMPTS,
     FIVE_RESPONSES,
+    WEIGHTS,
     B,
     M,
     R,
-    S,
     V,
     as_lists,
     candidates,
+    check_causal,
+    check_gradients,
     chi_square,
     enumerated_probs,
     gradients,
     ragged_batch,
+    tiny_responses,
     with_random_padding,
 )
 
@@ -50,7 +55,10 @@ SIZE = {
 
 
 def random_t5(dtype=torch.float64, seed=0, scale=0.3, **config):
-    """A small T5 with every parameter moved, norms too; d_kv is not width / heads, so that no scale is right by chance."""
+    """A small T5 with every parameter moved, norms too.
+
+    d_kv is not width / heads, so that no scale is right by chance.
+    """
     torch.manual_seed(seed)
     model = T5(T5Config(**SIZE | config)).to(dtype)
     with torch.no_grad():
@@ -59,8 +67,26 @@ def random_t5(dtype=torch.float64, seed=0, scale=0.3, **config):
     return model
 
 
+# Layer of a block, our name, theirs; the MLP is the last layer.
+PARTS = [
+    (0, "attn_norm", "layer_norm"),
+    (0, "attn", "SelfAttention"),
+    (1, "cross_norm", "layer_norm"),
+    (1, "cross", "EncDecAttention"),
+]
+MLP = [
+    ("mlp_norm", "layer_norm"),
+    ("wi_0", "DenseReluDense.wi_0"),
+    ("wi_1", "DenseReluDense.wi_1"),
+    ("wo", "DenseReluDense.wo"),
+]
+
+
 def theirs(model):
-    """transformers' T5 v1.1 with the same weights. Its norms compute in float32, whatever the weights are: hence the 2e-5 below."""
+    """transformers' T5 v1.1 with the same weights.
+
+    Its norms compute in float32, whatever the weights are: hence the 2e-5 below.
+    """
     transformers = pytest.importorskip("transformers")
     c = model.config
     config = transformers.T5Config(
@@ -77,31 +103,21 @@ def theirs(model):
         pad_token_id=0,
     )
     other = transformers.T5ForConditionalGeneration(config)
-    other.lm_head = torch.nn.Linear(
-        c.width, c.vocab_size, bias=False
-    )  # recent versions tie it all the same
+    # Recent versions tie the head all the same.
+    other.lm_head = torch.nn.Linear(c.width, c.vocab_size, bias=False)
     state, ours = {}, model.state_dict()
     for name, weight in ours.items():
         new = name.replace(".norm.", ".final_layer_norm.")
         new = new.replace("positions", "block.0.layer.0.SelfAttention.relative_attention_bias")
         last = 2 if name.startswith("decoder") else 1
-        for k, old, theirs in (
-            (0, "attn_norm", "layer_norm"),
-            (0, "attn", "SelfAttention"),
-            (1, "cross_norm", "layer_norm"),
-            (1, "cross", "EncDecAttention"),
-            (last, "mlp_norm", "layer_norm"),
-            (last, "wi_0", "DenseReluDense.wi_0"),
-            (last, "wi_1", "DenseReluDense.wi_1"),
-            (last, "wo", "DenseReluDense.wo"),
-        ):
+        for k, old, theirs in (*PARTS, *((last, *part) for part in MLP)):
             if f".{old}." in name:
                 new = new.replace("blocks", "block").replace(f".{old}.", f".layer.{k}.{theirs}.")
         state[new] = weight
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         state[name] = ours["shared.weight"]
-    told = other.load_state_dict(state, strict=False)
-    assert not told.unexpected_keys and not told.missing_keys, told
+    result = other.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys and not result.missing_keys, result
     return other.to(model.shared.weight.dtype).eval()
 
 
@@ -126,9 +142,8 @@ def test_buckets_are_t5s():
 def test_logits_and_gradients_equal_transformers_response_by_response():
     model, batch = random_t5(), ragged_batch()
     other = theirs(model)
-    weights = torch.randn(
-        B, M, R, V, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(B, M, R, V, dtype=torch.float64, generator=generator)
     logits = model(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
     assert logits.shape == (B, M, R, V)
     loss = 0
@@ -138,15 +153,15 @@ def test_logits_and_gradients_equal_transformers_response_by_response():
         loss = loss + (weights[i, j, : len(y)] * alone).sum()
     ours = gradients(model, (weights * logits)[batch.response_mask].sum())
     loss.backward()
-    table = other.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.grad
-    torch.testing.assert_close(ours["decoder.positions.weight"], table, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        ours["shared.weight"], other.shared.weight.grad, rtol=1e-4, atol=1e-4
-    )
-    cross = other.decoder.block[1].layer[1].EncDecAttention.k.weight.grad
-    torch.testing.assert_close(ours["decoder.blocks.1.cross.k.weight"], cross, rtol=1e-4, atol=1e-4)
-    inner = other.encoder.block[0].layer[0].SelfAttention.q.weight.grad
-    torch.testing.assert_close(ours["encoder.blocks.0.attn.q.weight"], inner, rtol=1e-4, atol=1e-4)
+    encoder, decoder = other.encoder.block, other.decoder.block
+    expected = {
+        "decoder.positions": decoder[0].layer[0].SelfAttention.relative_attention_bias,
+        "shared": other.shared,
+        "decoder.blocks.1.cross.k": decoder[1].layer[1].EncDecAttention.k,
+        "encoder.blocks.0.attn.q": encoder[0].layer[0].SelfAttention.q,
+    }
+    expected = {f"{name}.weight": part.weight.grad for name, part in expected.items()}
+    check_gradients(ours, expected, 1e-4)
 
 
 def test_logits_equal_transformers_over_long_distances():
@@ -185,41 +200,21 @@ def test_weights_start_with_t5s_deviations():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_padding_changes_nothing(seed):
     model, batch = random_t5(torch.float32), ragged_batch()
-    logps, noisy = (
-        response_logps(model, batch),
-        response_logps(model, with_random_padding(batch, seed)),
-    )
+    logps = response_logps(model, batch)
+    noisy = response_logps(model, with_random_padding(batch, seed))
     torch.testing.assert_close(noisy, logps, rtol=0, atol=2e-6)
-    weights = torch.tensor([[1.0, -2.0, 3.0], [-5.0, 7.0, 11.0]])
-    clean, dirty = (
-        gradients(model, (weights * logps).sum()),
-        gradients(model, (weights * noisy).sum()),
-    )
-    for name in clean:
-        torch.testing.assert_close(dirty[name], clean[name], rtol=1e-4, atol=1e-5)
+    clean = gradients(model, (WEIGHTS * logps).sum())
+    check_gradients(gradients(model, (WEIGHTS * noisy).sum()), clean, 1e-4, 1e-5)
 
 
 def test_causal_and_blind_to_the_other_candidates():
-    model, batch = random_t5(), ragged_batch()
-    score = lambda prompts, responses: model(prompts, batch.prompt_mask, responses)
-    logits = score(batch.prompt_ids, batch.response_ids)
-    for t in range(R):
-        changed = batch.response_ids.clone()
-        changed[0, 1, t] = (changed[0, 1, t] + 1) % V
-        same = (score(batch.prompt_ids, changed) - logits).abs().amax(-1) < 1e-12
-        expected = torch.ones(B, M, R, dtype=torch.bool)
-        expected[0, 1, t + 1 :] = False
-        assert torch.equal(same, expected), t
-    for s in range(S):  # a prompt token changes every response of its prompt
-        changed = batch.prompt_ids.clone()
-        changed[0, s] = (changed[0, s] + 1) % V
-        differs = (score(changed, batch.response_ids) - logits).abs().amax(-1) > 1e-6
-        assert differs[0].all() and not differs[1].any(), s
+    check_causal(random_t5())
 
 
 def test_decoding_with_leaving_rows_gives_the_logits_of_scoring():
     model, (prompts, mask) = random_t5(), FIVE_PROMPTS
     responses = torch.randint(V, (2, 3, 4), generator=torch.Generator().manual_seed(5))
+    ids = responses.flatten(0, 1)  # [6, 4]
     with torch.no_grad():
         scored = model(prompts, mask, responses).flatten(0, 1)  # [6, 4, V]
         logits, step = model.decode(prompts, mask, 3, 4)
@@ -227,9 +222,7 @@ def test_decoding_with_leaving_rows_gives_the_logits_of_scoring():
         kept = torch.arange(6)
         for t, rows in ((1, None), (2, torch.tensor([0, 2, 5])), (3, torch.tensor([1, 2]))):
             kept = kept if rows is None else kept[rows]
-            torch.testing.assert_close(
-                step(responses.flatten(0, 1)[kept, t - 1], rows), scored[kept, t]
-            )
+            torch.testing.assert_close(step(ids[kept, t - 1], rows), scored[kept, t])
 
 
 def test_samples_follow_the_scores():
@@ -247,23 +240,17 @@ def test_samples_follow_the_scores():
 def test_the_584_responses_of_tiny_sum_to_one():
     task = data.make_task("tiny", random.Random(0))
     enc = data.encoding(data.word_ranks(task.vocabulary))
-    words = [enc.encode_single_token(" " + w) for w in task.words]
-    responses = [
-        [*ws, enc.eot_token] for n in (1, 2, 3) for ws in itertools.product(words, repeat=n)
-    ]
-    model = random_t5(
-        torch.float32, vocab_size=enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, scale=0.1
-    )
-    batch = make_batch(
-        [Example("", enc.encode_ordinary(task.prompts["ood"][0]), responses, [0.0] * 584)],
-        enc.eot_token,
-    )
+    size = dict(vocab_size=enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab)
+    model = random_t5(torch.float32, **size, scale=0.1)
+    prompt = enc.encode_ordinary(task.prompts["ood"][0])
+    example = Example("", prompt, tiny_responses(enc, task), [0.0] * 584)
+    batch = make_batch([example], enc.eot_token)
     with torch.no_grad():
         logps = response_logps(model, batch, data.allowed_tokens(task, enc)).double()
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-6 and logps.exp().std() > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------- the value network
+# -------------------------------------------------------------------------------- the value network
 
 BACKBONES = {
     "gpt": lambda: GPT(GPTConfig(vocab_size=V, context=13, layers=2, heads=2, width=8, eos=EOS)),
@@ -283,14 +270,13 @@ def random_value(kind, seed=0):
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_the_value_is_a_linear_head_on_the_mean_state_of_the_prompt_alone(kind):
     value, batch = random_value(kind), ragged_batch()
-    V_ = value(batch.prompt_ids, batch.prompt_mask)
-    assert V_.shape == (B,)
+    values = value(batch.prompt_ids, batch.prompt_mask)
+    assert values.shape == (B,)
     for i, n in enumerate((7, 4)):
-        states = value.backbone.encode(
-            batch.prompt_ids[i : i + 1, :n], batch.prompt_mask[i : i + 1, :n]
-        )[0]
+        prompt = batch.prompt_ids[i : i + 1, :n], batch.prompt_mask[i : i + 1, :n]
+        states = value.backbone.encode(*prompt)[0]
         expected = states.mean(0) @ value.value_head.weight[0] + value.value_head.bias[0]
-        torch.testing.assert_close(V_[i], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values[i], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -298,30 +284,25 @@ def test_the_value_never_sees_padding(kind):
     value, batch = random_value(kind), ragged_batch()
     noisy = with_random_padding(batch, 2)
     assert not torch.equal(noisy.prompt_ids, batch.prompt_ids)
-    torch.testing.assert_close(
-        value(noisy.prompt_ids, noisy.prompt_mask),
-        value(batch.prompt_ids, batch.prompt_mask),
-        rtol=0,
-        atol=1e-6,
-    )
+    expected = value(batch.prompt_ids, batch.prompt_mask)
+    values = value(noisy.prompt_ids, noisy.prompt_mask)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
     longer = [torch.nn.functional.pad(x, (0, 3)) for x in (batch.prompt_ids, batch.prompt_mask)]
-    torch.testing.assert_close(
-        value(*longer), value(batch.prompt_ids, batch.prompt_mask), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(value(*longer), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_the_value_starts_at_zero_and_its_head_is_what_learns_first(kind):
     value, batch = ValueNetwork(BACKBONES[kind]()), ragged_batch()
-    V_ = value(batch.prompt_ids, batch.prompt_mask)
-    assert torch.equal(V_, torch.zeros(B))
-    (V_ - 1).square().sum().backward()
+    values = value(batch.prompt_ids, batch.prompt_mask)
+    assert torch.equal(values, torch.zeros(B))
+    (values - 1).square().sum().backward()
     assert value.value_head.weight.grad.abs().sum() > 0
 
 
 def test_scoring_leaves_the_batch_as_it_was():
     batch = ragged_batch()
     response_logps(random_t5(torch.float32), batch)
-    for f in dataclasses.fields(batch):
-        kept = getattr(ragged_batch(), f.name)
-        assert kept is None or torch.equal(getattr(batch, f.name), kept)
+    for field in dataclasses.fields(batch):
+        kept = getattr(ragged_batch(), field.name)
+        assert kept is None or torch.equal(getattr(batch, field.name), kept)
