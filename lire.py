@@ -9,10 +9,8 @@ and rewards r_j:
 
 No reference model, no pairs, no KL term. Plain functions of tensors: [B, M] is B prompts with M
 candidates each, `mask` is True where a candidate is real, and what stands in the other slots (nan
-included) changes nothing.
+included) changes nothing. Algorithm 1's rounds of sampling are the loop of train.py.
 """
-
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -149,29 +147,3 @@ def sft_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> T
     scores = _float(rewards).masked_fill(~mask, -torch.inf)
     best = scores.argmax(-1, keepdim=True)  # [B, 1], the first at a tie
     return -(_float(logps).gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
-
-
-def self_enhance(
-    sample: Callable, score: Callable, evolve: int, iterate: int, start: list
-) -> Iterator[tuple[int, int, list]]:
-    """Algorithm 1: sample from the current policy, score, train on the fixed pool; and again.
-
-    The caller trains one pass (one Iterate step) at every yield. New samples replace the last
-    generated ones; the dataset's own responses (`start`) stay in every pool. evolve = 0 trains on
-    `start` alone.
-
-    Args: sample(e) -> [responses, ...], one list a prompt, drawn from the policy as it is at Evolve
-        step e; score(lists) -> pool, with one reward model for all; evolve, iterate: numbers of
-        steps; start: lists, one a prompt.
-    Yields: (evolve step, iterate step, pool).
-    Differs from the paper: nothing in the order; the paper gives no numbers of steps.
-
-    >>> sample, score = lambda e: [[f"new {e}"]], lambda lists: lists
-    >>> list(self_enhance(sample, score, evolve=2, iterate=1, start=[["old"]]))
-    [(0, 0, [['old', 'new 0']]), (1, 0, [['old', 'new 1']])]
-    """
-    for e in range(max(evolve, 1)):
-        new = sample(e) if evolve else [[] for _ in start]
-        pool = score([own + drawn for own, drawn in zip(start, new)])
-        for i in range(iterate):
-            yield e, i, pool

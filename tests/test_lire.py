@@ -354,51 +354,6 @@ def test_sft_loss_takes_the_first_of_equally_good_responses():
     close(gradient(lire.sft_loss, s, lengths, r, mask), [[0.0, -1 / 5, 0.0]])
 
 
-# --------------------------------------------------------------------------------- self-enhancement
-
-
-def run_self_enhancement(evolve, iterate):
-    """Events in their order; a sample carries the number of training passes its policy has seen."""
-    events, passes = [], 0
-
-    def sample(step):
-        events.append(f"sample {step}")
-        return [[f"a{passes}"], [f"b{passes}"]]
-
-    def score(lists):
-        events.append("score")
-        return lists
-
-    start = [["chosen", "rejected"], ["own"]]
-    for e, i, pool in lire.self_enhance(sample, score, evolve, iterate, start):
-        passes += 1
-        events.append((e, i, pool))
-    assert start == [["chosen", "rejected"], ["own"]]
-    return events
-
-
-def test_each_round_samples_the_current_policy_scores_once_and_trains_on_a_fixed_pool():
-    first, second = (
-        [["chosen", "rejected", "a0"], ["own", "b0"]],
-        [["chosen", "rejected", "a2"], ["own", "b2"]],
-    )
-    assert run_self_enhancement(evolve=2, iterate=2) == [
-        "sample 0",
-        "score",
-        (0, 0, first),
-        (0, 1, first),
-        "sample 1",
-        "score",
-        (1, 0, second),
-        (1, 1, second),
-    ]
-
-
-def test_without_evolve_steps_it_trains_on_the_datasets_own_responses():
-    own = [["chosen", "rejected"], ["own"]]
-    assert run_self_enhancement(evolve=0, iterate=2) == ["score", (0, 0, own), (0, 1, own)]
-
-
 # ----------------------------------------------------------------- the tests above are able to fail
 
 
