@@ -21,7 +21,7 @@ what the process held before it, each variant in a process of its own: the resid
 
 Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
 response read again for every one. Times are worth something on an idle machine only: the load at
-the start is printed. Writes out/bench.json.
+the start is printed. Writes results/bench.json, or with --quick out/bench.json.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 import data
 import model as models
+from experiments.cells import write_results
 
 SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
@@ -323,7 +324,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, write out/bench.json. Returns what is written."""
+    """Measure, print, write results/bench.json, or with --quick out/bench.json. Returns it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -387,10 +388,38 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "peak_flops": peak,
         "rows": rows,
     }
-    Path("out").mkdir(exist_ok=True)
-    Path("out/bench.json").write_text(json.dumps(result, indent=1))
-    print("written to out/bench.json")
+    if args.quick:
+        Path("out").mkdir(exist_ok=True)
+        Path("out/bench.json").write_text(json.dumps(result, indent=1))
+    else:
+        options = " ".join(sys.argv[1:] if argv is None else argv)
+        write_results("bench", f"python -m experiments.bench {options}".strip(), result)
     return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = [
+        "| model | B | M, S, R | prompt once, ms | repeated, ms | ratio [quartiles] | token ratio "
+        "| ratio of operations | reached | memory, MB |",
+        "|" + "---|" * 10,
+    ]
+    for row in results["rows"]:
+        shape = f"{row['M']}, {row['S']}, {row['R']}"
+        once, repeated = row["once"][1] * 1e3, row["repeated"][1] * 1e3
+        memory = f"{row['memory_once']:.0f} against {row['memory_repeated']:.0f}"
+        lines.append(
+            f"| {row['model']} | {row['B']} | {shape} | {once:.0f} | {repeated:.0f} "
+            f"| {spread(row['ratio'])} | {row['token_ratio']:.2f} | {row['flops_ratio']:.2f} "
+            f"| {row['reached']:.0%} | {memory} |"
+        )
+    sampling = [row for row in results["rows"] if "sampled_cached" in row]
+    for row in sampling:
+        lines.append(
+            f"\nSampling, {row['model']}: {spread(row['sampled_cached'], 1, 0)} tokens a second with "
+            f"the cache, {spread(row['sampled_uncached'], 1, 0)} without."
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

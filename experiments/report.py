@@ -1,7 +1,7 @@
-"""Every table on one page: `python -m experiments.report` writes results/README.md from results/*.json.
+"""Every table on one page: `python -m experiments.report` writes results/README.md.
 
-A result is one file and one row of SECTIONS: its title and how to read it. The numbers are the file's,
-and so are the command that made them and its date.
+A result is a file results/NAME.json and a row of SECTIONS: its title and how to read it. The numbers
+are the file's, and so are the command that made them and its date.
 """
 
 import json
@@ -21,29 +21,31 @@ class Section(NamedTuple):
 SECTIONS = {
     "compare": Section(
         "Every objective side by side: dialogue, held-out prompts, 3 seeds",
-        "PRO, LIRE and RRHF earn the same within the spread; DRO earns less than all but KTO, and at "
-        "tau 0.5 it is the one that makes 80 % of the optimum's gain for 0.75 nats.\n\n"
-        "![Every objective on the reward-KL plane](compare.png)",
+        "PRO, LIRE and RRHF earn the same within the spread; DRO earns less than all but KTO, and "
+        "at tau 0.5 it is the one that makes 80 % of the optimum's gain for 0.75 nats.\n\n![Every "
+        "objective on the reward-KL plane](compare.png)",
     ),
     "compare-evolve1": Section(
         "Everyone offline, on the first pool alone: one seed",
-        "LIRE earns most, 6.75 where five rounds bring 9.21; PRO and RRHF are nearest to the optimum; "
-        "DPO and IPO collapse with the weak penalties that five rounds of new samples forgave.",
+        "LIRE earns most, 6.75 where five rounds bring 9.21; PRO and RRHF are nearest to the "
+        "optimum; DPO and IPO collapse with the weak penalties that five rounds of new samples "
+        "forgave.",
     ),
     "grid": Section(
-        "The grid that the defaults come from: 3 learning rates x 3 strengths, training prompts, one seed",
-        "The row of most reward is the default of its objective; eight of nine chose the highest rate, "
-        "and RRHF, SLiC and PRO the largest SFT weight, so a wider grid may find more.",
+        "The grid that the defaults come from: 3 learning rates x 3 strengths, training prompts, "
+        "one seed",
+        "The row of most reward is the default of its objective; eight of nine chose the highest "
+        "rate, and RRHF, SLiC and PRO the largest SFT weight, so a wider grid may find more.",
     ),
     "sft": Section(
         "LIRE on dialogue: the SFT term, 5 seeds",
-        "The defaults make 96 % of the gain that the optimum makes at their KL; with the authors' T = 2 "
-        "and without the SFT term one seed of five collapses (reward 5.0 at 31 nats).",
+        "The defaults make 96 % of the gain that the optimum makes at their KL; with the authors' "
+        "T = 2 and without the SFT term one seed of five collapses (reward 5.0 at 31 nats).",
     ),
     "evolve": Section(
         "LIRE: rounds at the same number of updates, T = 2, lr 5e-4, 3 seeds",
-        "One round, the offline setting, drifts off the language and earns less than the best of 8; a "
-        "pool drawn anew shows the policy its own mistakes.",
+        "One round, the offline setting, drifts off the language and earns less than the best of "
+        "8; a pool drawn anew shows the policy its own mistakes.",
     ),
     "candidates": Section(
         "LIRE: candidates a prompt, T = 2, lr 5e-4, 3 seeds",
@@ -51,23 +53,24 @@ SECTIONS = {
     ),
     "objective": Section(
         "LIRE: the authors' T, rewards and score against others, lr 5e-4, 3 seeds",
-        "A higher T or the mean score, which both keep the listwise softmax from saturating, do better "
-        "than the authors' T = 2 with sums.",
+        "A higher T or the mean score, which both keep the listwise softmax from saturating, do "
+        "better than the authors' T = 2 with sums.",
     ),
     "summary": Section(
         "LIRE on summary, 3 seeds",
-        "The reward rises, but not to the best of 8; trained on shuffled prompts nothing of the gain is "
-        "left.",
+        "The reward rises, but not to the best of 8; trained on shuffled prompts nothing of the "
+        "gain is left.",
     ),
     "shuffled": Section(
         "LIRE on dialogue, trained on shuffled prompts: the control, T = 2, lr 5e-4, 3 seeds",
-        "An answer has to name its subject, so a policy that learns from other prompts' lists earns "
-        "nothing.",
+        "An answer has to name its subject, so a policy that learns from other prompts' lists "
+        "earns nothing.",
     ),
     "dro": Section(
-        "DRO and KTO on samples of the reference (offline), and DRO on pools of its own: dialogue, 5 seeds",
-        "Offline, DRO makes 57 % of the optimum's gain at tau 0.5, and at tau 0.2 its KL runs away; with "
-        "ten pools of the policy's own and twice the rate it makes 87 % and 95 %.",
+        "DRO and KTO on samples of the reference (offline), and DRO on pools of its own: dialogue, "
+        "5 seeds",
+        "Offline, DRO makes 57 % of the optimum's gain at tau 0.5, and at tau 0.2 its KL runs "
+        "away; with ten pools of the policy's own and twice the rate it makes 87 % and 95 %.",
     ),
     "dro-t5": Section(
         "DRO and KTO on the T5, samples of the reference, 5 seeds",
@@ -75,15 +78,15 @@ SECTIONS = {
     ),
     "dro-logged": Section(
         "DRO and KTO on the task's logged responses, which no model chose, 5 seeds",
-        "Four responses a prompt, of a distribution that the reference only approximates: both gain "
-        "less, DRO less than KTO.",
+        "Four responses a prompt, of a distribution that the reference only approximates: both "
+        "gain less, DRO less than KTO.",
     ),
     "dro-ablations": Section(
         "DRO: the paper's ablations at tau 0.5, lr 5e-4, samples of the reference, 3 seeds",
-        "One value a prompt with a network of its own is best, as in the paper (efficiency 0.54; V per "
-        "batch 0.39, shared 0.43); a faster value network helps a little, as in the paper (0.44, 0.54, "
-        "0.58); a larger tau does not help here, and the highest rate is worst, which the paper did not "
-        "find.",
+        "One value a prompt with a network of its own is best, as in the paper (efficiency 0.54; V "
+        "per batch 0.39, shared 0.43); a faster value network helps a little, as in the paper "
+        "(0.44, 0.54, 0.58); a larger tau does not help here, and the highest rate is worst, which "
+        "the paper did not find.",
     ),
     "exact": Section(
         "DRO-V against the exact optimum, real networks, tiny",
@@ -94,13 +97,14 @@ SECTIONS = {
     "copa": Section(
         "Real ratings: COPA-SSE, 1,000 prompts with 6,579 rated explanations, 5 folds",
         'By its mean log-prob LIRE beats the reference clearly (+0.58) and not the rule "pick the '
-        'longest" (-0.03): raters liked long explanations. Brackets are 95 % bootstrap intervals over '
-        "prompts, differences are paired.",
+        'longest" (-0.03): raters liked long explanations. Brackets are 95 % bootstrap intervals '
+        "over prompts, differences are paired.",
     ),
     "bench": Section(
         "A prompt is read once: an update with M responses, against the prompt repeated M times",
-        "What the token ratio promises is reached to 66 to 100 % and, where repeated prompts no longer "
-        "fit the caches, beyond; GPT-2's large head reads the same tokens in both, so its ratio is less.",
+        "What the token ratio promises is reached to 66 to 100 % and, where repeated prompts no "
+        "longer fit the caches, beyond; GPT-2's large head reads the same tokens in both, so its "
+        "ratio is less.",
     ),
 }
 
@@ -124,9 +128,9 @@ def report() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m experiments.report` from the files beside it. Two cores of an Intel Xeon, "
-        "torch 2.13.0 (CPU). Rewards are the task's own, held-out prompts unless said; ± is the standard "
-        "deviation over seeds, - a number that would mean nothing (docs/metrics.md).",
+        "Written by `python -m experiments.report` from the files beside it. Two cores of an Intel "
+        "Xeon, torch 2.13.0 (CPU). Rewards are the task's own, of held-out prompts unless said; ± is "
+        "the standard deviation over seeds, - a number that would mean nothing (docs/metrics.md).",
         "",
     ]
     for name, section in SECTIONS.items():
