@@ -44,7 +44,7 @@ class GPTConfig:
 class Attention(nn.Module):
     """Causal self-attention over [cached prompt, own tokens] (GPT-2; Radford et al. 2019)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.c_attn = nn.Linear(config.width, 3 * config.width)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width)
         self.attn = Attention(config)
@@ -100,12 +100,12 @@ class PromptCache:
     The M responses of each prompt share them.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, M: int):
-        self.k, self.v, self.M = k, v, M
+    def __init__(self, keys: Tensor, values: Tensor, M: int) -> None:
+        self.k, self.v, self.M = keys, values, M
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append the responses' own keys and values [B * M, H, T, D/H]."""
-        return self._join(self.k, k), self._join(self.v, v)
+        return self._join(self.k, keys), self._join(self.v, values)
 
     def _join(self, prompt: Tensor, own: Tensor) -> Tensor:
         prompt = prompt[:, None].expand(-1, self.M, -1, -1, -1)  # [B, M, H, S, D/H]
@@ -116,16 +116,16 @@ class PromptCache:
 class SamplingCache:
     """The same, with room for the tokens to come, written in place: nothing is copied."""
 
-    def __init__(self, k: Tensor, v: Tensor, M: int, max_tokens: int):
-        self.length = k.shape[2]
+    def __init__(self, keys: Tensor, values: Tensor, M: int, max_tokens: int) -> None:
+        self.length = keys.shape[2]
         room = (0, 0, 0, max_tokens)
-        self.k = F.pad(k, room).repeat_interleave(M, 0)  # [B * M, H, S + R, D/H]
-        self.v = F.pad(v, room).repeat_interleave(M, 0)
+        self.k = F.pad(keys, room).repeat_interleave(M, 0)  # [B * M, H, S + R, D/H]
+        self.v = F.pad(values, room).repeat_interleave(M, 0)
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the next tokens' keys and values [B * M, H, T, D/H]; returns all so far."""
-        end = self.length + k.shape[2]
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
+        end = self.length + keys.shape[2]
+        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = keys, values
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -143,7 +143,7 @@ class GPT(nn.Module):
     torch.Size([1, 2, 2, 11])
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.width)
@@ -302,7 +302,7 @@ class T5Attention(nn.Module):
     The query's initialisation carries that scale.
     """
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.heads, inner = config.heads, config.heads * config.head_width
         self.q = nn.Linear(config.width, inner, bias=False)
@@ -331,7 +331,7 @@ class T5Block(nn.Module):
     Each is added to its input.
     """
 
-    def __init__(self, config: T5Config, decoder: bool):
+    def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
         norm = lambda: nn.RMSNorm(config.width, eps=1e-6)
         self.attn_norm, self.attn = norm(), T5Attention(config)
@@ -369,7 +369,7 @@ class T5Block(nn.Module):
 class T5Stack(nn.Module):
     """Encoder or decoder: blocks, one table of relative positions for all, a norm at the end."""
 
-    def __init__(self, config: T5Config, decoder: bool):
+    def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
         self.decoder = decoder
         self.positions = nn.Embedding(BUCKETS, config.heads)
@@ -400,7 +400,7 @@ class T5(nn.Module):
     torch.Size([1, 2, 2, 11])
     """
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
         tokens = max(config.vocab_size, config.start + 1)
@@ -493,7 +493,7 @@ class ValueNetwork(nn.Module):
     tensor([0., 0.], grad_fn=<SelectBackward0>)
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = nn.Linear(backbone.config.width, 1)
