@@ -1,6 +1,7 @@
 """Lists of responses as tensors: load, tokenise, batch; and a small byte-pair encoding.
 
-load(["lists.jsonl"])      -> Records   {"prompt": str, "responses": [str, ...], "rewards": [float, ...]}
+load(["lists.jsonl"])      -> Records   {"prompt": str, "responses": [str, ...],
+                                        "rewards": [float, ...]}
 make_task("dialogue", rng) -> Task      a synthetic world: prompts, logged Records, an exact reward
 train_bpe(texts, 512)      -> ranks     a byte-pair encoding, used through tiktoken (`encoding`)
 tokenize(records, enc)     -> Examples  token ids, EOS appended
@@ -29,7 +30,7 @@ EOS = "<|endoftext|>"  # inside a text this is ordinary text: only `encode_ordin
 
 
 def split(records: list[dict], share: float = 0.1) -> tuple[list[dict], list[dict]]:
-    """Train and held-out lists: a prompt is held out by a hash of its text, always on the same side."""
+    """Train and held-out lists: a hash of its text keeps a prompt always on the same side."""
 
     def held_out(record):
         digest = hashlib.sha256(record["prompt"].encode("utf-8", "replace")).hexdigest()
@@ -42,9 +43,9 @@ def split(records: list[dict], share: float = 0.1) -> tuple[list[dict], list[dic
     )
 
 
-# ------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
-# Words with the space before them, runs of punctuation, white space. Every character matches a branch.
+# Words with the space before them, runs of punctuation, white space: no character is left out.
 SPLIT = r" ?[^\W_]+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
 
 
@@ -163,7 +164,7 @@ def allowed_tokens(task: Task, enc: tiktoken.Encoding) -> Tensor | None:
     return mask
 
 
-# -------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass
@@ -186,11 +187,11 @@ def tokenize(
 ) -> list[Example]:
     """Records to Examples. Prompt and response are encoded apart and joined as ids.
 
-    Where neither side has white space at the seam, a space is put before the response. A long prompt
-    loses its beginning (at least one token stays), a long response its end, and with it its EOS.
+    Where neither side has white space at the seam, a space is put before the response. A long
+    prompt loses its beginning (at least one token stays), a long response its end and its EOS.
 
-    Args: records; enc; max_prompt, max_response: tokens kept (0: all), EOS included; say: takes lines
-        of news, such as the shares that were truncated.
+    Args: records; enc; max_prompt, max_response: tokens kept (0: all), EOS included; say: takes
+        lines of news, such as the shares that were truncated.
     """
     examples, spaced, long_prompts, long_responses, total = [], 0, 0, 0, 0
     for record in records:
@@ -275,6 +276,6 @@ def batch_order(
     longest = [len(e.prompt_ids) + max(map(len, e.response_ids)) for e in examples]
     batches = []
     for start in range(0, len(order), 8 * batch_size):
-        bucket = sorted(order[start : start + 8 * batch_size], key=lambda i: longest[i])
+        bucket = sorted(order[start : start + 8 * batch_size], key=lambda index: longest[index])
         batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]

@@ -1,6 +1,7 @@
-"""The files people have: preference data read into Records, one reader and one row of FORMATS for each.
+"""Preference data as people have it, read into Records: a reader and a row of FORMATS for each.
 
-    load(["lists.jsonl"]) -> Records    {"prompt": str, "responses": [str, ...], "rewards": [float, ...]}
+    load(["lists.jsonl"]) -> Records    {"prompt": str, "responses": [str, ...],
+                                         "rewards": [float, ...]}
 
 The format of a file is recognised from its first record. A bad line ends the reading with a
 DataError, "FILE:LINE: what is wrong, what was expected". A new format is one reader, from an object
@@ -40,7 +41,7 @@ def load_file(path: str, limit: int, say: Callable[[str], None]) -> list[dict]:
     """Records of one file; as `load`."""
     records, dropped, number, kind = [], [], 0, None
     for number, line in enumerate(_lines(path), 1):
-        # Rows of one prompt may stand anywhere in the file, so these are grouped before they are cut.
+        # Rows of one prompt may stand anywhere in the file: they are grouped before they are cut.
         if limit and len(records) >= limit and not (kind and kind.grouped):
             break
         if not line.strip():
@@ -76,17 +77,18 @@ def _check_dropped(path, dropped: list[int], total: int, say) -> None:
     """Say which records were dropped; above 5 % the file is refused."""
     lines = ", ".join(map(str, dropped[:5])) + (" ..." if len(dropped) > 5 else "")
     say(
-        f"{path}: {len(dropped)} of {total} records dropped: empty prompt or response (lines {lines})"
+        f"{path}: {len(dropped)} of {total} records dropped: empty prompt or response "
+        f"(lines {lines})"
     )
     if len(dropped) > 0.05 * total:
         raise DataError(
-            f"{path}:{dropped[0]}: more than 5 % of the records are unusable, expected text in prompt "
-            "and responses"
+            f"{path}:{dropped[0]}: more than 5 % of the records are unusable, expected text in "
+            "prompt and responses"
         )
 
 
 def _lines(path) -> Iterator[str]:
-    """Text lines of a file, decompressed if its name ends in .gz; what can't be read is a DataError."""
+    """Text lines of a file, decompressed if its name ends in .gz; DataError if it can't be read."""
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rb") as file:
@@ -133,7 +135,7 @@ def _grouped(records: list[dict]) -> list[dict]:
     return list(lists.values())
 
 
-# ------------------------------------------------------------------------------ readers, one a format
+# ---------------------------------------------------------------------------- readers, one a format
 
 
 def _field(row: dict, name: str, kind, expected: str, form: str):
@@ -212,7 +214,7 @@ EXPLANATION = '{"text": str, "filtered-avg-rating": number}'
 
 
 def read_copa(row: dict) -> dict:
-    """COPA-SSE (Brassard et al. 2022): the premise, Why? or So what?, the right answer; rated explanations."""
+    """COPA-SSE (Brassard et al. 2022): premise, Why? or So what?, right answer; rated reasons."""
     asks = _field(row, "asks-for", str, '"cause" or "effect"', COPA)
     if asks not in ("cause", "effect"):
         raise DataError(f'\'asks-for\' is {asks!r}, expected "cause" or "effect"')

@@ -1,4 +1,4 @@
-"""The reward-KL frontier: the most reward that any policy has at a given KL, and how near to it a policy is.
+"""The reward-KL frontier: most reward of any policy at a given KL, and how near to it a policy is.
 
 Among all policies whose KL to the reference, averaged over prompts, is at most K, none earns more
 than pi* = pi_ref exp((r - V*) / tau), with one tau for all prompts and a normaliser V* for each
@@ -29,7 +29,7 @@ def _check(*tensors: Tensor) -> None:
 
 
 def tau_at_kl(ref_logps: Tensor, rewards: Tensor, kl: float) -> float:
-    """The one tau whose optimal policies have this KL on average over prompts (bisection on log tau).
+    """The one tau whose optimal policies have this mean KL over prompts (bisection on log tau).
 
     Args: ref_logps, rewards [B, N], as `dro.optimal_value`; kl: nats.
     Returns: tau, or nan where no tau reaches this KL.
@@ -75,7 +75,7 @@ def greedy_logps(ref_logps: Tensor, rewards: Tensor) -> Tensor:
 
 
 class Frontier(NamedTuple):
-    """A policy beside the optimum at its KL: means over prompts, standard errors by bootstrap over prompts."""
+    """A policy beside the optimum at its KL: means and bootstrap standard errors over prompts."""
 
     reference_reward: float
     policy_reward: float
@@ -90,12 +90,13 @@ class Frontier(NamedTuple):
 
 
 def mixture_weights(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
-    """log b and log w: reference and policy on a sample drawn half from each, normalised within each prompt.
+    """log b, log w: reference and policy on a sample half from each, normalised within each prompt.
 
     Args: log_ratios [B, N] = log pi - log pi_ref of every sample, N/2 from pi_ref and N/2 from pi.
-    Returns: log b, log w [B, N], self-normalised importance weights over the mixture (pi_ref + pi) / 2.
+    Returns: log b, log w [B, N], self-normalised importance weights over the mixture
+        (pi_ref + pi) / 2.
 
-    >>> log_b, log_w = mixture_weights(torch.zeros(1, 4))              # pi = pi_ref: all weights equal
+    >>> log_b, log_w = mixture_weights(torch.zeros(1, 4))  # pi = pi_ref: all weights equal
     >>> log_b.exp(), log_w.exp()
     (tensor([[0.2500, 0.2500, 0.2500, 0.2500]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
@@ -112,7 +113,7 @@ def frontier_curve(log_b: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     Raises: ValueError on other shapes.
 
     >>> kl, reward = frontier_curve(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]))
-    >>> kl[0].item() < 1e-6, round(kl[-1].item(), 4), reward[-1].item()   # log 2 nats, the best reward
+    >>> kl[0].item() < 1e-6, round(kl[-1].item(), 4), reward[-1].item()  # log 2 nats, best reward
     (True, 0.6931, 1.0)
     """
     scale = (rewards.max() - rewards.min()).clamp_min(1e-12)
@@ -139,7 +140,7 @@ def frontier(
     >>> log_b = torch.tensor([[0.5, 0.3, 0.2]] * 2).log()
     >>> rewards = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, 0.0]])
     >>> f = frontier(log_b, optimal_logps(log_b, rewards, 0.7), rewards)
-    >>> round(f.tau, 4), round(f.efficiency, 4)                         # the optimum itself
+    >>> round(f.tau, 4), round(f.efficiency, 4)  # the optimum itself
     (0.7, 1.0)
     """
     _check(log_b, log_w, rewards)
@@ -154,7 +155,7 @@ def frontier(
     best = best_logps.exp()  # [B, N]
     optimal = (best * rewards).sum(-1).mean().item()
 
-    # Bootstrap: KL and reward of the optimum on a grid of tau for each prompt, then means of resamples.
+    # Bootstrap: each prompt's optimal KL and reward on a grid of tau, then means of resamples.
     grid_kl, grid_reward = frontier_curve(log_b, rewards)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(kl), (resamples, len(kl)), generator=generator)

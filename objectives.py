@@ -2,7 +2,7 @@
 
 The function takes the run's Config, of which it reads its own options, and Inputs of a batch; it
 gives named losses, unreduced, whose means are added up. The formulas are in lire.py, dro.py and
-baselines.py. The row says what the objective reads and needs; nobody else asks which one is running.
+baselines.py. The row says what the objective reads and needs; nobody else asks which one runs.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 Losses = dict[str, Tensor]
 
-# ----------------------------------------------------------------------------------- LIRE and DRO
+# ------------------------------------------------------------------------------------- LIRE and DRO
 
 
 def lire_scores(c: Any, x: Inputs) -> Tensor:
@@ -60,7 +60,7 @@ def dro_p_objective(c: Any, x: Inputs) -> Losses:
     return {"loss": dro.dro_p_loss(logps, ref_logps, rewards, c.tau)}
 
 
-# --------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 
 
 def dpo_objective(c: Any, x: Inputs) -> Losses:
@@ -115,11 +115,11 @@ def kto_objective(c: Any, x: Inputs) -> Losses:
     }
 
 
-# --------------------------------------------------------------------------------- what they share
+# ---------------------------------------------------------------------------------- what they share
 
 
 def sft_term(c: Any, x: Inputs, scale: Tensor | float = 1.0) -> Losses:
-    """--sft-weight (times scale) x the mean negative log-likelihood per token of the best response."""
+    """--sft-weight (times scale) x the best response's mean negative log-likelihood per token."""
     if not c.sft_weight:
         return {}
     loss = lire.sft_loss(x.logps, x.lengths, x.rewards, x.mask)  # [B]
@@ -133,7 +133,7 @@ def unlike(x: Inputs) -> Tensor:
 
 
 def best_and_worst(x: Inputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Indices into [B, M] of the best and the worst candidate of each list; lists of ties are left out."""
+    """Indices into [B, M] of each list's best and worst candidate; lists of ties are left out."""
     rows = unlike(x).nonzero()[:, 0]
     best = x.rewards.masked_fill(~x.mask, -torch.inf).argmax(-1)
     worst = x.rewards.masked_fill(~x.mask, torch.inf).argmin(-1)
@@ -150,11 +150,15 @@ def total(losses: Losses) -> Tensor:
     return sum(part.mean() for part in losses.values())
 
 
-# --------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def unlike_rewards(c: Any, rewards: list[float]) -> dict:
-    """Refuse rewards that are all the same. Raises: ValueError. Returns: no settings."""
+    """Refuse rewards that are all the same.
+
+    Returns: no settings.
+    Raises: ValueError.
+    """
     if max(rewards) == min(rewards):
         raise ValueError(f"every reward is {rewards[0]}: there is nothing to learn")
     return {}
@@ -163,7 +167,8 @@ def unlike_rewards(c: Any, rewards: list[float]) -> dict:
 def thumbs(c: Any, rewards: list[float]) -> dict:
     """KTO: rewards that are all 1 or -1 are thumbs, and say themselves what is desirable.
 
-    Returns: --desirable, where it was not given. Raises: ValueError where one kind is missing.
+    Returns: --desirable, where it was not given.
+    Raises: ValueError where one kind is missing.
     """
     desirable = c.desirable
     if desirable is None:
@@ -172,8 +177,8 @@ def thumbs(c: Any, rewards: list[float]) -> dict:
         unlike_rewards(c, rewards)
     elif (up := sum(reward > 0 for reward in rewards)) in (0, len(rewards)):
         raise ValueError(
-            f"--objective {c.objective} needs desirable and undesirable responses, and none of these "
-            f"{len(rewards)} is {'undesirable' if up else 'desirable'}"
+            f"--objective {c.objective} needs desirable and undesirable responses, and none of "
+            f"these {len(rewards)} is {'undesirable' if up else 'desirable'}"
         )
     return {"desirable": desirable}
 
@@ -185,7 +190,7 @@ def log_ratios(c: Any, x: Inputs) -> Tensor:
 
 
 def common_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
-    """What every objective logs of a step, in TRL's names: chosen is the best candidate of a list."""
+    """What every objective logs of a step, in TRL's names: chosen is a list's best candidate."""
     if x.mask.sum(-1).max() < 2:
         return {}  # a single response is no comparison
     best, worst = best_and_worst(x)
@@ -337,7 +342,7 @@ OBJECTIVES = {
 
 
 def try_objective(c: Any) -> None:
-    """Run the objective once on made-up numbers, so that a slip in a new one shows in the first second.
+    """Run the objective once on made-up numbers: a slip in a new one shows in the first second.
 
     It is given what its row says it needs, and nothing else.
     """

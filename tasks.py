@@ -1,6 +1,7 @@
 """Three synthetic worlds with an exact reward: dialogue, summary and tiny.
 
-    make_task("dialogue", random.Random(0)) -> Task    prompts, logged responses, reward(prompt, response)
+    make_task("dialogue", random.Random(0)) -> Task    prompts, logged responses,
+                                                       reward(prompt, response)
 
 A world (its prompts, their split, the reward) is always the same; the logged responses, of mixed
 quality, are drawn anew for every seed. A new task is one function and one row of TASKS.
@@ -15,19 +16,17 @@ from typing import NamedTuple
 
 @dataclass
 class Task:
-    """A world: "train" prompts, "heldout" ones (known subjects, asked anew), "ood" ones (new subjects)."""
+    """A world: "train" prompts, "heldout" (known subjects, asked anew), "ood" (new subjects)."""
 
     name: str
     prompts: dict[str, list[str]]
-    logged: list[
-        dict
-    ]  # Records: mixed-quality responses to the training prompts, for the reference
+    # Records: mixed-quality responses to the training prompts, for the reference.
+    logged: list[dict]
     reward: Callable[[str, str], float]
     max_response: int  # tokens, EOS included
     breakdown: Callable[[str, str], dict[str, float]] = lambda prompt, response: {}  # of the reward
-    words: list[str] = field(
-        default_factory=list
-    )  # all that a response is made of, if it is so few
+    # All that a response is made of, if it is so few.
+    words: list[str] = field(default_factory=list)
     vocabulary: list[str] = field(default_factory=list)  # fixed tokens; empty: a BPE is trained
 
 
@@ -40,11 +39,12 @@ def make_task(name: str, rng: random.Random) -> Task:
 
     >>> task = make_task("dialogue", random.Random(0))
     >>> question = "How was the Ashford soup?"
-    >>> task.reward(question, "The Ashford soup was very hot. It was not bad.")   # 5 + 3 (1.5 + 0.3) / 2
+    >>> answer = "The Ashford soup was very hot. It was not bad."
+    >>> task.reward(question, answer)  # 5 + 3 (1.5 + 0.3) / 2
     7.7
-    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")        # 5 - 3 x 1.5
+    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")  # 5 - 3 x 1.5
     0.5
-    >>> task.reward(question, "It was very hot.")                                         # no subject
+    >>> task.reward(question, "It was very hot.")  # no subject
     0.0
     """
     if name not in TASKS:
@@ -52,7 +52,7 @@ def make_task(name: str, rng: random.Random) -> Task:
     return TASKS[name].make(rng)
 
 
-# ------------------------------------------------------------------------------------------- dialogue
+# ----------------------------------------------------------------------------------------- dialogue
 
 # Places are spelt from known syllables, so that a new place can be read and copied.
 FIRST = "Ash Bram Cor Dun El Fern Glen Hol Kel Lyn Mar Nor Os Pen Rad Stan Tar Ux Wal York".split()
@@ -70,7 +70,7 @@ QUESTIONS = [
     "Would you recommend the {}?",
 ]
 GENERAL = {"good": 0.4, "lovely": 0.6, "wonderful": 0.8, "poor": -0.4, "bad": -0.6, "awful": -0.8}
-KINDS = [  # things, words that praise them, words that blame them: half of the words do both somewhere
+KINDS = [  # things, words that praise them, words that blame them: half do both somewhere
     ("soup curry stew pie", "hot rich fresh heavy", "cold small dry light"),
     ("room cabin attic flat", "warm quiet large light", "hot small dark loud"),
     ("phone camera radio watch", "small light quick bright", "hot heavy slow dark"),
@@ -91,9 +91,9 @@ def dialogue(rng: random.Random) -> Task:
     """A question about a thing in a place, an answer of one to three clauses, a mark out of ten.
 
     reward = 5 + 3 x mean over clauses of value(adjective, thing) x {very 1.5, rather 0.5} x (-0.5
-    if "not"), an adjective counted once, so 0.5 to 9.5; 0 for broken grammar, a word off topic, four
-    clauses, or an answer that does not name its subject. Each subject has its own share of praise
-    among its logged answers; one logged answer in twenty is spoilt.
+    if "not"), an adjective counted once, so 0.5 to 9.5; 0 for broken grammar, a word off topic,
+    four clauses, or an answer that does not name its subject. Each subject has its own share of
+    praise among its logged answers; one logged answer in twenty is spoilt.
     """
 
     def reward(prompt, response):
@@ -159,11 +159,11 @@ def rewarded(prompt: str, responses: list[str], reward: Callable[[str, str], flo
     return {"prompt": prompt, "responses": responses, "rewards": rewards}
 
 
-# -------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ summary
 
 THINGS = (
-    "fair market concert race circus dance museum castle harbour garden theatre bakery school bridge "
-    "zoo tower"
+    "fair market concert race circus dance museum castle harbour garden theatre bakery school "
+    "bridge zoo tower"
 ).split()
 FACTS = ["There is a {}.", "We saw the {}.", "They have a {}.", "I liked the {}."]
 DENIALS = ["There is no {}.", "We missed the {}.", "They closed the {}."]
@@ -231,7 +231,7 @@ def summary(rng: random.Random) -> Task:
     return Task("summary", prompts, logged, reward, max_response=32, breakdown=breakdown)
 
 
-# ----------------------------------------------------------------------------------------------- tiny
+# --------------------------------------------------------------------------------------------- tiny
 
 WORDS = "calm deep cold wide loud dark old wild".split()
 FITS = {}  # thing -> the three words that fit it

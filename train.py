@@ -61,7 +61,7 @@ from harness.update import objective_inputs, step_metrics, update
 from model import ValueNetwork, response_logps
 from objectives import OBJECTIVES, total, try_objective
 
-# ------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 
 @dataclass
@@ -79,7 +79,7 @@ class State:
 
 
 def new_state(c: Config, world: World, reference: nn.Module) -> State:
-    """Policy and, where needed, value network as the reference left them; a parameter group for each."""
+    """Policy and, if needed, value network as the reference left them; a parameter group each."""
 
     def copy():
         model = new_model(c, world)
@@ -99,11 +99,11 @@ def new_state(c: Config, world: World, reference: nn.Module) -> State:
     return State(policy, optimizer, value, digest_of(reference.state_dict()))
 
 
-# ----------------------------------------------------------------------------- the pool of a round
+# ------------------------------------------------------------------------------ the pool of a round
 
 
 def round_starts(c: Config) -> list[int]:
-    """Steps done when each round begins, and at the end of the last: round k is steps [k] + 1 to [k + 1]."""
+    """Steps done when each round begins, and at the end: round k is steps [k] + 1 to [k + 1]."""
     rounds = max(c.evolve, 1)
     return [round(k * c.steps / rounds) for k in range(rounds + 1)]
 
@@ -116,8 +116,8 @@ def make_pool(
     Sets the state's round, its samples and, with the first pool, the scale of the rewards.
     """
     began = time.time()
-    # Responses: M samples a prompt from the policy as it is now, in place of the last round's (a run
-    # that was resumed inside a round has them already); with --evolve 0 the data's own.
+    # Responses: M samples a prompt from the policy as it is now, in place of the last round's
+    # (a run that was resumed inside a round has them already); with --evolve 0 the data's own.
     if c.evolve and state.round_index != round_index:
         state.generated = sample_round(c, world, state.policy, round_index)
     state.round_index = round_index
@@ -159,17 +159,17 @@ def sample_round(c: Config, world: World, policy: nn.Module, round_index: int) -
     return [responses.get(i, []) for i in range(len(world.train))]
 
 
-# ---------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def train_policy(c: Config, world: World, state: State, reference: nn.Module, run: Run) -> None:
-    """The loop: from state.step to c.steps. On Ctrl-C (run.stop) it ends after the step it is in."""
+    """The loop from state.step to c.steps; on Ctrl-C (run.stop) it ends after the step it is in."""
     objective, starts = OBJECTIVES[c.objective], round_starts(c)
     pool, heldout = None, {}  # of the round; of the last look at held-out prompts
     progress = Progress(c.objective, c.steps, state.step)
     for step in range(state.step + 1, c.steps + 1):
-        # A round begins (Algorithm 1 of LIRE): sample M candidates a prompt from the policy as it is
-        # now, reward them, score them under the reference. --evolve 0: the data's own lists.
+        # A round begins (Algorithm 1 of LIRE): sample M candidates a prompt from the policy as it
+        # is now, reward them, score them under the reference. --evolve 0: the data's own lists.
         round_index = bisect.bisect_left(starts, step) - 1
         if pool is None or pool.round_index != round_index:
             run.lap("train")
@@ -208,12 +208,13 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
     run.lap("train")
 
 
-# -------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def main(config: Config) -> dict:
-    """One whole run. Returns the metrics, which are also in out/<run>/metrics.json.
+    """One whole run.
 
+    Returns: the metrics, which are also in out/<run>/metrics.json.
     Raises: ConfigError, DataError with one line for the user, before anything is written, but for a
     task whose first pool has nothing to learn; FloatingPointError where training left the finite
     numbers (the last good checkpoint is kept).

@@ -29,8 +29,9 @@ from train import Config
 FOLDER = Path("out/cells")
 ROOT = Path(train.__file__).parent
 SOURCES = """
-    train.py objectives.py lire.py dro.py baselines.py frontier.py model.py data.py tasks.py formats.py
-    harness/config.py harness/pool.py harness/reference.py harness/update.py harness/evaluation.py
+    train.py objectives.py lire.py dro.py baselines.py frontier.py model.py data.py tasks.py
+    formats.py harness/config.py harness/pool.py harness/reference.py harness/update.py
+    harness/evaluation.py
 """.split()
 NO_NUMBERS = ["harness/run.py", "harness/figures.py"]  # a new progress line must not cost a day
 
@@ -44,7 +45,10 @@ def folder_of(config: Config) -> Path:
 
 
 def run_one(config: Config) -> dict:
-    """Run a cell, its output in out/cells/<hash>.log. Returns: its metrics."""
+    """Run a cell, its output in out/cells/<hash>.log.
+
+    Returns: its metrics.
+    """
     folder = folder_of(config)
     if not (folder / "metrics.json").exists():
         resume = str(folder) if (folder / "config.json").exists() else ""
@@ -59,7 +63,7 @@ def run_one(config: Config) -> dict:
 
 
 def run_cells(cells: list[Config], jobs: int = 0) -> list[dict]:
-    """Metrics of every cell, in order; `jobs` cells at a time (0: one a core), each on one thread."""
+    """Metrics of every cell, in order; `jobs` cells at a time (0: one a core), a thread each."""
     todo = [c for c in cells if not (folder_of(c) / "metrics.json").exists()]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done already", flush=True)
     jobs, began = jobs or os.cpu_count() or 1, time.time()
@@ -73,7 +77,7 @@ def run_cells(cells: list[Config], jobs: int = 0) -> list[dict]:
     return [run_one(c) for c in cells]
 
 
-# ----------------------------------------------------------------------------------- results/NAME.json
+# -------------------------------------------------------------------------------- results/NAME.json
 
 
 def write_results(name: str, command: str, results: Any) -> None:

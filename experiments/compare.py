@@ -1,9 +1,9 @@
-"""Every objective on one plane with the optimum: reward against KL to the reference, on held-out prompts.
+"""Every objective and the optimum on one plane: held-out reward against KL to the reference.
 
-    python -m experiments.compare            every objective, 3 seeds: half an hour on two cores
-    python -m experiments.compare --quick    one strength each, one seed, a short training: 3 minutes
-    python -m experiments.compare --grid     3 learning rates x 3 strengths of each, judged on training
-                                             prompts: an hour
+    python -m experiments.compare           every objective, 3 seeds: half an hour on two cores
+    python -m experiments.compare --quick   one strength each, one seed, a short training: 3 minutes
+    python -m experiments.compare --grid    3 learning rates x 3 strengths of each, judged on
+                                            training prompts: an hour
 
 All start from the same reference and the same first pool, its samples, and make the same number of
 updates; the four later pools of the same size are each policy's own (with --evolve 1 there is the
@@ -89,11 +89,11 @@ def grid_rows() -> dict[str, dict]:
 
 
 @torch.no_grad()
-def plane(configs: dict[str, Config], split: str, n: int) -> tuple[dict, list, dict]:
+def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, list, dict]:
     """The policies of one seed's finished cells, with their reference, over prompts of `split`.
 
-    Args: configs {row: Config}, alike in all that makes task and reference; split: heldout or train;
-        n: samples a prompt of each model.
+    Args: configs {row: Config}, alike in all that makes task and reference; split: heldout or
+        train; samples: n, how many each model draws a prompt.
     Returns: {row: metrics}; the frontier, (KL, reward) pairs; metrics of the reference. A cell that
         failed has no metrics.
     """
@@ -113,10 +113,11 @@ def plane(configs: dict[str, Config], split: str, n: int) -> tuple[dict, list, d
     for k, state in enumerate(weights):
         model.load_state_dict(state)
         generator = rng(c.seed, "plane", split, k, device=c.device)
-        lists.append(sample_lists(c, world, model, examples, n, generator))
+        lists.append(sample_lists(c, world, model, examples, samples, generator))
+    # K n responses a prompt.
     drawn = [
         [tuple(ids) for responses in of_prompt for ids in responses] for of_prompt in zip(*lists)
-    ]  # K n responses a prompt
+    ]
     distinct = [list(dict.fromkeys(responses)) for responses in drawn]
     pool = with_responses(examples, [list(map(list, responses)) for responses in distinct])
 
@@ -135,12 +136,12 @@ def plane(configs: dict[str, Config], split: str, n: int) -> tuple[dict, list, d
 
     # Each policy against the frontier of them all.
     log_weights = joint_weights(logps)
-    reference = own_metrics(lists[0], logps[0], logps[0], rewards, 0, n)
+    reference = own_metrics(lists[0], logps[0], logps[0], rewards, 0, samples)
     curve = torch.stack(frontier.frontier_curve(log_weights[0], rewards), -1).mean(1).tolist()
     metrics = {}
     for k, row in enumerate(alive, 1):
         best = frontier.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
-        m = own_metrics(lists[k], logps[k], logps[0], rewards, k, n)
+        m = own_metrics(lists[k], logps[k], logps[0], rewards, k, samples)
         # As if of reference and policy alone, whatever others add.
         m["effective_sample_size"] = best.effective_sample_size * 2 / len(weights)
         usable = m["kl"] >= 0.05 and m["effective_sample_size"] >= 20
@@ -180,19 +181,19 @@ def joint_weights(logps: Tensor) -> Tensor:
     return (logps - logps.logsumexp(0)).log_softmax(-1)
 
 
-def grid_plane(configs: dict[str, Config], n: int) -> tuple[dict, list, dict]:
+def grid_plane(configs: dict[str, Config], samples: int) -> tuple[dict, list, dict]:
     """plane() on training prompts, each policy with the reference alone.
 
     81 policies are too many to score one another's samples.
     """
-    planes = [plane({row: c}, "train", n) for row, c in configs.items()]
+    planes = [plane({row: c}, "train", samples) for row, c in configs.items()]
     references = [reference for _, _, reference in planes if reference]
     metrics = {row: m for found, _, _ in planes for row, m in found.items()}
     return metrics, [], next(iter(references), {})
 
 
 def collapsed(metrics: dict, reference: dict, most_kl: float) -> bool:
-    """Does a policy say one thing a prompt, or lose reward, or spend twice the KL any optimum can use?"""
+    """Does a policy say one thing a prompt, lose reward, or spend twice any optimum's KL?"""
     values = [metrics[name] for name in ("policy_reward", "kl", "entropy")]
     return (
         metrics["policy_distinct"] * metrics["samples"] < 2
@@ -204,7 +205,7 @@ def collapsed(metrics: dict, reference: dict, most_kl: float) -> bool:
 
 
 def best_settings(results: dict) -> dict[str, dict]:
-    """{objective: its settings} of the grid's rows of most reward; what failed or collapsed is out."""
+    """{objective: settings} of the grid's rows of most reward, without what failed or collapsed."""
     candidates, rows = {}, grid_rows()
     for row, (metrics,) in results["rows"].items():
         if not metrics.get("failed") and not metrics["collapsed"]:
@@ -214,30 +215,31 @@ def best_settings(results: dict) -> dict[str, dict]:
 
 
 def own_metrics(
-    lists: list, logps: Tensor, ref_logps: Tensor, rewards: Tensor, k: int, n: int
+    lists: list, logps: Tensor, ref_logps: Tensor, rewards: Tensor, index: int, samples: int
 ) -> dict:
-    """Of model k's own n samples a prompt, which stand at k n in logps, ref_logps and rewards [B, K n].
+    """Reward, win rate, KL, length, variety and entropy of one model's own samples.
 
-    Model 0 is the reference.
+    Args: lists: its responses; logps, ref_logps, rewards [B, K n], of the samples of all K models;
+        index: which of them it is, 0 is the reference; samples: n, how many each draws a prompt.
     """
-    own = slice(k * n, (k + 1) * n)
-    wins = rewards[:, own, None] - rewards[:, None, :n]
+    own = slice(index * samples, (index + 1) * samples)
+    wins = rewards[:, own, None] - rewards[:, None, :samples]
     return {
         "policy_reward": rewards[:, own].mean().item(),
         "win_rate": ((wins > 0).double() + 0.5 * (wins == 0).double()).mean().item(),
         "kl": (logps - ref_logps)[:, own].mean().item(),
-        "samples": n,
-        "policy_length": sum(len(ids) for ys in lists for ids in ys) / (len(lists) * n),
-        "policy_distinct": sum(len(set(map(tuple, ys))) for ys in lists) / (len(lists) * n),
+        "samples": samples,
+        "policy_length": sum(len(ids) for ys in lists for ids in ys) / (len(lists) * samples),
+        "policy_distinct": sum(len(set(map(tuple, ys))) for ys in lists) / (len(lists) * samples),
         "entropy": -logps[:, own].mean().item(),  # nats a response
     }
 
 
-# ------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 
 
 def table(results: dict) -> str:
-    """The table in Markdown: mean and deviation over seeds; in how many of them something went wrong."""
+    """The table in Markdown: mean and deviation over seeds, and how many seeds went wrong."""
     lines = ["| | " + " | ".join(COLUMNS) + " | alarm |", "|" + "---|" * (len(COLUMNS) + 2)]
     for row, seeds in {"reference": results["reference"], **results["rows"]}.items():
         cells = [mean_and_spread([m.get(name) for m in seeds]) for name in COLUMNS]
@@ -262,7 +264,7 @@ def as_csv(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> str:
-    """The plane: the frontier of each seed, the reference, every row at its mean with its deviation."""
+    """The plane: each seed's frontier, the reference, every row at its mean with its deviation."""
     try:
         import matplotlib
     except ImportError:
@@ -331,7 +333,8 @@ def main(
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
     if grid and (quick or evolve or seeds > 1):
         raise ConfigError(
-            "--grid is of one seed, with settings of its own: leave --quick, --evolve and --seeds away"
+            "--grid is of one seed, with settings of its own: leave --quick, --evolve and --seeds "
+            "away"
         )
     rows = grid_rows() if grid else compare_rows(quick)
     common = {"task": task, "model": model, **(QUICK if quick else COMMON)}

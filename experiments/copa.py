@@ -85,7 +85,10 @@ def table(scores: dict[str, dict]) -> str:
 
 
 def main(path: str, jobs: int = 0) -> dict:
-    """Run or find the cells, print the tables, write results/copa.json. Returns: what is written."""
+    """Run or find the cells, print the tables, write results/copa.json.
+
+    Returns: what is written.
+    """
     records = data.load([path])
     files = fold_files(records, Path("out/copa"))
     configs = {
@@ -99,10 +102,11 @@ def main(path: str, jobs: int = 0) -> dict:
         texts = [(folder_of(c) / "heldout.jsonl").read_text() for c in folds]
         lists = [json.loads(line) for text in texts for line in text.splitlines()]
         draws = np.random.default_rng(0).integers(len(lists), size=(1000, len(lists)))
+        # [3, lists] each.
         outcomes = {
             score: np.array([list_outcome(r[score], r["rewards"]) for r in lists]).T
             for score in list(lists[0])[2:]
-        }  # [3, lists] each
+        }
         results[row] = {score: interval(*outcome, draws) for score, outcome in outcomes.items()}
         for score in ("policy_sum", "policy_mean", "policy_ratio"):  # differences, prompt by prompt
             for other in ("longest", score.replace("policy", "reference")):

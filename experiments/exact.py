@@ -1,13 +1,13 @@
-"""Does DRO-V reach the exact optimum, with real networks? On tiny, where all 584 responses are enumerated:
+"""Does DRO-V with real networks reach the exact optimum on tiny, all 584 responses enumerated?
 
     python -m experiments.exact            GPT and T5, tau 0.5, 1 and 5: a minute each on a core
     python -m experiments.exact --quick    the GPT at tau 1 alone
 
 A small reference, then DRO-V on batches of 128 responses that no policy chose: a length of 1 to 3
-words, then the words, all equally likely. At the end KL(pi*, pi) and |V - V*|, mean over the prompts,
-in nats and in units of the normalised reward. One prompt is what converges in a minute; the rows with
-four show how much longer several take. The rows "1/2" train with the coefficient that the box of
-Algorithm 1 prints in place of tau/2: see dro.dro_v_losses. Writes results/exact.json.
+words, then the words, all equally likely. At the end KL(pi*, pi) and |V - V*|, mean over the
+prompts, in nats and in units of the normalised reward. One prompt is what converges in a minute;
+the rows with four show how much longer several take. The rows "1/2" train with the coefficient that
+the box of Algorithm 1 prints in place of tau/2: see dro.dro_v_losses. Writes results/exact.json.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def losses_as_printed(
 
 
 def full_support(generator: torch.Generator, B: int) -> Tensor:
-    """Indices [B, BATCH / B] of responses: a length of 1, 2 or 3 words, then one of its 8, 64 or 512."""
+    """Indices [B, BATCH / B] of responses: first 1, 2 or 3 words, then one of 8, 64 or 512."""
     length = torch.randint(3, (B, BATCH // B), generator=generator)
     number, first = torch.tensor([8, 64, 512])[length], torch.tensor([0, 8, 72])[length]
     return first + (torch.rand(length.shape, generator=generator) * number).long()

@@ -20,15 +20,16 @@ from harness.reference import new_model
 from train import Config, ConfigError
 
 
-def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1.0) -> str:
-    """n answers of reference and policy each to a prompt, with rewards where the task can score them.
+def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float = 1.0) -> str:
+    """Answers to a prompt, `count` of each model, with rewards where the task can score them.
 
     Raises: ConfigError where `run` is not the folder of a run, or the prompt is empty or too long.
     """
     folder = Path(run)
     if not (folder / "checkpoint.pt").exists():
         raise ConfigError(
-            f"{run}: no checkpoint.pt in it, expected the folder of a run, such as out/lire-dialogue-0"
+            f"{run}: no checkpoint.pt in it, expected the folder of a run, such as "
+            "out/lire-dialogue-0"
         )
     c = Config(**json.loads((folder / "config.json").read_text()))
     c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
@@ -59,9 +60,9 @@ def answers(run: str, prompt: str, n: int, seed: int = 0, temperature: float = 1
                 f"{folder / file} is damaged or of another version ({reason})"
             ) from None
         generator = rng(seed, "sample", device=c.device)
-        lists[who] = sample_lists(c, world, model, [example], n, generator, temperature)[0]
+        lists[who] = sample_lists(c, world, model, [example], count, generator, temperature)[0]
     note = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
-    return note + side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, n)
+    return note + side_by_side(world, [(example, lists["policy"], lists["reference"])], 1, count)
 
 
 def can_score(task: Task, prompt: str) -> bool:

@@ -14,7 +14,7 @@ dro-ablations   DRO's tau, value network and learning rates                   3 
 
 import argparse
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.cells import run_cells, write_results
 from train import Config
@@ -42,7 +42,7 @@ class Table(NamedTuple):
     rows: dict[str, dict]  # row -> its settings
 
 
-def rows(settings: dict[str, dict], **common) -> dict[str, dict]:
+def rows(settings: dict[str, dict], **common: Any) -> dict[str, dict]:
     """The same rows under common settings; a row's own win."""
     return {row: {**common, **own} for row, own in settings.items()}
 
@@ -148,7 +148,7 @@ def mean_and_spread(values: list[float | None]) -> str:
 
 
 def table(name: str, results: dict[str, list[dict]]) -> str:
-    """The table in Markdown, from the results of results/NAME.json: the metrics of each row's seeds."""
+    """The table in Markdown, from the results in results/NAME.json: metrics of each row's seeds."""
     columns = TABLES[name].columns
     lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for row, seeds in results.items():

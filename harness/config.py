@@ -151,8 +151,8 @@ def resolve(config: Config) -> Config:
         )
     if c.data and c.evolve:
         raise ConfigError(
-            f"--evolve {c.evolve} samples and scores new responses, but a file has no reward function: "
-            "leave it at 0"
+            f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
+            "function: leave it at 0"
         )
     if c.eval_data and not c.data:
         raise ConfigError("--eval-data goes with --data")
@@ -205,7 +205,10 @@ def compares_lists(c: Config) -> str:
 
 
 def with_settings_of_the_data(c: Config, rewards: list[float]) -> Config:
-    """The Config with what the training rewards decide. Raises: ConfigError where they teach nothing."""
+    """The Config with what the training rewards decide.
+
+    Raises: ConfigError where they teach nothing.
+    """
     objective = OBJECTIVES[c.objective]
     if objective.loss is None:
         return c
@@ -216,14 +219,14 @@ def with_settings_of_the_data(c: Config, rewards: list[float]) -> Config:
 
 
 def _free_folder(c: Config) -> str:
-    """out/<objective>-<data>-<seed>, or the same with -2 and so on where that holds a run already."""
+    """out/<objective>-<data>-<seed>, or with -2 and so on where that holds a run already."""
     data = Path(c.data[0]).name.split(".")[0] if c.data else c.task
     name = f"{c.objective}-{data}-{c.seed}"
     folders = (Path("out") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
     return str(next(folder for folder in folders if not (folder / "config.json").exists()))
 
 
-# ------------------------------------------------------------------------------- what a run reads
+# --------------------------------------------------------------------------------- what a run reads
 
 
 def settings_read(c: Config) -> dict[str, Any]:
@@ -274,7 +277,7 @@ def read_json(path: str | Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-# ------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def command_line(argv: list[str] | None = None, description: str = "") -> Config:
@@ -297,9 +300,9 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
     return _resumed(given) if "resume" in given else Config(**given)
 
 
-def _argument(f: dataclasses.Field) -> dict[str, Any]:
+def _argument(option: dataclasses.Field) -> dict[str, Any]:
     """What argparse has to know of a field."""
-    kind = f.type
+    kind = option.type
     if isinstance(kind, types.UnionType):  # float | None
         kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
     if kind is bool:
@@ -309,20 +312,20 @@ def _argument(f: dataclasses.Field) -> dict[str, Any]:
     return {"type": kind}
 
 
-def _help(f: dataclasses.Field) -> str:
+def _help(option: dataclasses.Field) -> str:
     """The text of a field, its choices and its default: one for all, or each with who has it."""
-    text, choices = f.metadata["text"], f.metadata["choices"]
+    text, choices = option.metadata["text"], option.metadata["choices"]
     if choices:
         text += f": {', '.join(choices)}"
-    if f.default not in (MISSING, None, ""):
-        return f"{text} (default {f.default})"
+    if option.default not in (MISSING, None, ""):
+        return f"{text} (default {option.default})"
     sources = {"": ON_TASKS, "files": {k: v for k, v in ON_FILES.items() if ON_TASKS.get(k) != v}}
     sources |= {name: row.defaults for name, row in TASKS.items()}
     sources |= {name: row.run_defaults() for name, row in OBJECTIVES.items()}
     values = {}  # default -> who has it
     for source, defaults in sources.items():
-        if defaults.get(f.name) is not None:
-            values.setdefault(str(defaults[f.name]), []).append(source)
+        if defaults.get(option.name) is not None:
+            values.setdefault(str(defaults[option.name]), []).append(source)
     if not values:
         return text
     shown = [f"{value} {', '.join(names)}".strip() for value, names in values.items()]

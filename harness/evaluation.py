@@ -1,4 +1,4 @@
-"""What has been learnt: reward, win rate, KL and the optimum of a task; scores of a file's held-out lists."""
+"""What was learnt: a task's reward, win rate, KL, optimum; scores of a file's held-out lists."""
 
 import itertools
 import json
@@ -52,14 +52,14 @@ def reward_tensor(world: World, examples: list[Example], lists: Lists) -> Tensor
 
 
 def enumerate_responses(world: World) -> list[list[int]]:
-    """All responses of a task of few words (tiny: 584) as token ids, EOS included, shortest first."""
+    """All responses of a task of few words (tiny: 584) as token ids with EOS, shortest first."""
     words = [world.enc.encode_single_token(" " + word) for word in world.task.words]
     lengths = range(1, world.task.max_response)
     sentences = itertools.chain(*(itertools.product(words, repeat=n) for n in lengths))
     return [[*ids, world.enc.eot_token] for ids in sentences]
 
 
-# ------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 
 
 def evaluate_task(
@@ -96,10 +96,11 @@ def evaluate_task(
         both = [first + second for first, second in zip(lists["reference"], lists["policy"])]
         all_rewards = torch.cat([rewards["reference"], rewards["policy"]], 1)
     pool = with_responses(examples, both)
+    # [B, N] each.
     ref_logps, logps = (
         torch.tensor(score_lists(c, world, model, pool), dtype=torch.float64)
         for model in (reference, policy)
-    )  # [B, N]
+    )
     if enumerated:
         log_b, log_w = ref_logps, logps
         kls = dro.kl_divergence(logps, ref_logps)  # [B]
@@ -164,7 +165,7 @@ def optimum_metrics(kls: Tensor, best: frontier.Frontier, enumerated: bool) -> d
 
 
 def prompt_deviation(log_b: Tensor, rewards: Tensor, mean: float) -> dict:
-    """How far prompts differ in what can be reached: V* at tau = 1 deviation of the reference's reward."""
+    """How far prompts differ in what is possible: V* at tau = the reference's reward deviation."""
     deviation = (log_b.exp() * (rewards - mean) ** 2).sum(-1).mean().sqrt().item()
     values = dro.optimal_value(log_b, rewards, deviation) if deviation else torch.zeros(1)
     return {"value_deviation": values.std(correction=0).item(), "reward_deviation": deviation}
@@ -220,14 +221,14 @@ def answer_metrics(world: World, examples: list[Example], lists: Lists, who: str
     return metrics
 
 
-# ------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def evaluate_lists(c: Config, world: World, policy: nn.Module, reference: nn.Module) -> list[dict]:
     """Scores of every held-out list of two responses or more, a row each.
 
-    The scores: sum of token log-probs, mean per token, log-ratio to the reference, and, beside them,
-    the length in characters. Does one of them find the better response?
+    The scores: sum of token log-probs, mean per token, log-ratio to the reference, and, beside
+    them, the length in characters. Does one of them find the better response?
     """
     examples = [e for e in world.heldout if len(e.response_ids) > 1]
     scored = zip(
@@ -251,7 +252,7 @@ def evaluate_lists(c: Config, world: World, policy: nn.Module, reference: nn.Mod
 
 
 def list_outcome(scores: list[float], rewards: list[float]) -> tuple[float, float, int]:
-    """Of one list: reward of the top-scored response, pairs ordered rightly, pairs of unlike rewards.
+    """One list: reward of the top-scored response, pairs ordered rightly, pairs of unlike rewards.
 
     At a tie of scores the top reward is the mean of the tied, and a pair counts 1/2.
 
@@ -287,7 +288,7 @@ def list_metrics(rows: list[dict]) -> dict:
     return metrics
 
 
-# ----------------------------------------------------------------------------------- while it runs
+# ------------------------------------------------------------------------------------ while it runs
 
 
 def sampled_kl(
@@ -299,7 +300,7 @@ def sampled_kl(
     M: int,
     name: Any,
 ) -> tuple[Lists, Tensor]:
-    """M policy samples a prompt and their log-ratios [B, M], whose mean estimates KL(pi || pi_ref)."""
+    """M policy samples a prompt, and log-ratios [B, M] whose mean estimates KL(pi || pi_ref)."""
     generator = rng(c.seed, "quick", name, device=c.device)
     lists = sample_lists(c, world, policy, examples, M, generator)
     pool = with_responses(examples, lists)
@@ -349,7 +350,7 @@ def scored_lists(
     ]
 
 
-# ---------------------------------------------------------------------------------------- at the end
+# --------------------------------------------------------------------------------------- at the end
 
 
 def evaluate(c: Config, world: World, state: Any, reference: nn.Module) -> tuple[dict, Answers]:
@@ -391,7 +392,7 @@ def evaluate(c: Config, world: World, state: Any, reference: nn.Module) -> tuple
 
 
 def side_by_side(world: World, answers: Answers, prompts: int = 3, each: int = 3) -> str:
-    """Some prompts with answers of reference and policy, their rewards before them where there is a task."""
+    """Some prompts with answers of reference and policy, on a task each after its reward."""
     lines = []
     for example, policy_lists, ref_lists in answers[:: max(1, len(answers) // prompts)][:prompts]:
         lines.append(example.prompt)
@@ -411,7 +412,7 @@ SPLITS = {"held out": "", "new subjects": "ood_", "trained on": "train_"}
 
 
 def summary(metrics: dict) -> str:
-    """The numbers that matter, as a small table: of a task a column a split, of a file a row a score."""
+    """The numbers that matter, as a table: of a task a column a split, of a file a row a score."""
     if "policy_reward" in metrics:
         columns = {name: prefix for name, prefix in SPLITS.items() if f"{prefix}kl" in metrics}
         rows = {name: [metrics[prefix + name] for prefix in columns.values()] for name in SUMMARY}

@@ -1,8 +1,9 @@
 """A run's picture, from its files: `python -m harness.figures out/lire-dialogue-0` draws it anew.
 
-Over the steps: reward and KL on held-out prompts, the loss, and what the objective is known by (LIRE's
-listwise softmax, DRO's residuals). Beside them the reward-KL plane with the optimum and the way of the
-policy, and DRO's V(x) against V*(x). matplotlib is needed where something is drawn, and only there.
+Over the steps: reward and KL on held-out prompts, the loss, and what the objective is known by
+(LIRE's listwise softmax, DRO's residuals). Beside them the reward-KL plane with the optimum and the
+way of the policy, and DRO's V(x) against V*(x). matplotlib is needed where something is drawn, and
+only there.
 """
 
 import argparse
@@ -16,7 +17,7 @@ LEVELS = {  # metric -> label, line style
     "best_of_8_reward": ("best of 8", "--"),
     "optimal_reward": ("optimum at the final KL", "-."),
 }
-CURVES = {  # title -> {column of log.jsonl: label}; the first column decides whether there is a panel
+CURVES = {  # title -> {column of log.jsonl: label}; the first column decides if there is a panel
     "reward, held-out prompts": {"reward": "policy"},
     "KL to the reference, nats": {"kl": None},
     "loss": {"loss": None},

@@ -19,7 +19,7 @@ from harness.config import Config, ConfigError, compares_lists
 
 @dataclass
 class World:
-    """What a run works on: tokens, the reference's lists, evaluation prompts, and a task or none."""
+    """What a run works on: tokens, the reference's lists, evaluation prompts, a task or none."""
 
     enc: tiktoken.Encoding
     task: Task | None
@@ -106,8 +106,8 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
     if reason := compares_lists(c):
         if all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
-                f"--objective {c.objective} {reason}, and every list here has a single response: it "
-                "can't learn (--objective dro and kto can)"
+                f"--objective {c.objective} {reason}, and every list here has a single response: "
+                "it can't learn (--objective dro and kto can)"
             )
         if all(len(set(r["rewards"][: c.candidates])) < 2 for r in records):
             raise ConfigError(
@@ -117,22 +117,22 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
     return records, heldout
 
 
-# ------------------------------------------------------------------------------ lists of responses
+# ------------------------------------------------------------------------------- lists of responses
 
 
-def rng(seed: int, *names, device: str = "cpu") -> torch.Generator:
-    """A generator for one purpose: it depends on the seed and the names alone, so none need be saved."""
+def rng(seed: int, *names: Any, device: str = "cpu") -> torch.Generator:
+    """A generator for one purpose: the seed and the names alone decide, so none need be saved."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def precision(c: Config) -> torch.autocast:
-    """Autocast to bfloat16 where asked: the same for policy and reference, so that they agree at step 0."""
+    """Autocast to bfloat16 where asked, for policy and reference alike: they agree at step 0."""
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
 
 
 def with_responses(examples: list[Example], lists: list) -> list[Example]:
-    """The prompts of `examples` with other responses, as token ids, not rewarded and not scored yet."""
+    """The prompts of `examples` with other responses: token ids, not rewarded or scored yet."""
     return [
         dataclasses.replace(e, response_ids=ids, rewards=[0.0] * len(ids), ref_logps=None)
         for e, ids in zip(examples, lists)
@@ -175,7 +175,7 @@ def score_lists(
 ) -> list[list[float]]:
     """log pi of every response of every example; prompts of like length share a batch."""
     logps = [[]] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
     # Few prompts at a time, so that their logits stay in the processor's cache; more on a GPU.
     M = max((len(e.response_ids) for e in examples), default=1)
     room = 3e6 if c.device == "cpu" else 1e8
@@ -200,7 +200,7 @@ def reward_list(world: World, prompt: str, responses: list[list[int]]) -> list[f
     return [world.task.reward(prompt, decode(world, ids)) for ids in responses]
 
 
-# --------------------------------------------------------------------------------- the pool of a round
+# ------------------------------------------------------------------------------ the pool of a round
 
 
 def own_lists(c: Config, world: World) -> list[Example]:
@@ -242,18 +242,21 @@ class Pool:
     pass_index: int = -1  # the pass that `order` belongs to
     order: list[list[int]] = ()
 
-    def batch(self, n: int) -> list[Example]:
-        """The n-th batch of the round; it depends on seed, round and n alone."""
+    def batch(self, index: int) -> list[Example]:
+        """The batch at this index of the round; it depends on seed, round and index alone."""
         per_pass = -(-len(self.examples) // self.batch_size)
-        if n // per_pass != self.pass_index:
-            self.pass_index = n // per_pass
+        if index // per_pass != self.pass_index:
+            self.pass_index = index // per_pass
             generator = rng(self.seed, "order", self.round_index, self.pass_index)
             self.order = data.batch_order(self.examples, self.batch_size, generator)
-        return [self.examples[i] for i in self.order[n % per_pass]]
+        return [self.examples[i] for i in self.order[index % per_pass]]
 
 
 def mean_and_deviation(rewards: list[float]) -> list[float]:
-    """Mean and standard deviation of rewards. Raises: ConfigError where they are all the same."""
+    """Mean and standard deviation of rewards.
+
+    Raises: ConfigError where they are all the same.
+    """
     if max(rewards) == min(rewards):
         raise ConfigError(f"every reward is {rewards[0]}: there is nothing to learn")
     mean = sum(rewards) / len(rewards)
@@ -277,6 +280,6 @@ def describe_pool(c: Config, world: World, round_index: int, lists: list[Example
         units = "the task's units" if world.task else "the file's units"
     return (
         f"pool {round_index + 1}/{max(c.evolve, 1)}: {len(lists)} lists of "
-        f"{len(rewards) / len(lists):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, best "
-        f"of a list {best:.3f} ({units})"
+        f"{len(rewards) / len(lists):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
+        f"best of a list {best:.3f} ({units})"
     )

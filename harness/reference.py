@@ -41,7 +41,7 @@ def digest_of(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------ its training
+# ------------------------------------------------------------------------------------- its training
 
 
 def train_reference(c: Config, world: World) -> nn.Module:
@@ -64,7 +64,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
     return model
 
 
-# --------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 SOURCES = "model data tasks formats harness.pool harness.update harness.reference".split()
 SETTINGS = (
@@ -108,9 +108,8 @@ def get_reference(
             model = _read_cached(c, world, path)
             print(f"reference: {path} (cached)")
             return model
-        except (
-            Exception
-        ) as e:  # damaged files fail in many ways, and all of them mean: train it again
+        except Exception as e:
+            # Damaged files fail in many ways, and all of them mean: train it again.
             reason = str(e).splitlines()[0][:80]
             print(f"reference: {path} is damaged ({reason}), training it again")
     elif others := list(filter(None, map(read_json, sorted(folder.glob("*.json"))))):

@@ -1,4 +1,4 @@
-"""The folder of a run: files that are never half written, checkpoints, the log, progress, Ctrl-C."""
+"""The folder of a run: files never half written, checkpoints, the log, progress, Ctrl-C."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from objectives import OBJECTIVES
 
 
 def save(content: Any, path: str | Path) -> None:
-    """Write text, or what torch.save takes, so that whoever reads finds the old file or the new one."""
+    """Write text, or what torch.save takes, so that a reader finds the old file or the new one."""
     path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
     with open(part, "wb") as file:
         if isinstance(content, str):
@@ -32,7 +32,10 @@ def save(content: Any, path: str | Path) -> None:
 
 
 def check_folder(c: Config) -> Path:
-    """The folder of the run. Raises: ConfigError where it is not to be had."""
+    """The folder of the run.
+
+    Raises: ConfigError where it is not to be had.
+    """
     out = Path(c.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file, expected a folder")
@@ -102,7 +105,7 @@ def restore(state: Any, checkpoint: dict) -> None:
 
 
 class Run:
-    """A run while it is under way: its log, its checkpoints, its clock, and whether it should stop."""
+    """A run while it is under way: its log, checkpoints and clock, and whether it should stop."""
 
     def __init__(self, c: Config, key: dict[str, str], began: float) -> None:
         """key: tells sources and data of a checkpoint apart (reference.cache_key)."""
@@ -141,7 +144,7 @@ class Run:
             print(f"step {row['step']}: {warning}")
 
     def save(self, state: Any) -> None:
-        """out/<run>/checkpoint.pt: all of a train.State that is needed to go on to the same bits."""
+        """out/<run>/checkpoint.pt: all that a train.State needs to go on to the same bits."""
         checkpoint = {name: getattr(state, name) for name in PLAIN}
         checkpoint["policy"] = state.policy.state_dict()
         checkpoint["optimizer"] = state.optimizer.state_dict()
@@ -187,8 +190,8 @@ def interruptible() -> Iterator[list]:
             raise KeyboardInterrupt
         asked.append(signum)
         print(
-            "\nstopping after the next step; Ctrl-C again stops at once and loses the steps since the "
-            "last checkpoint"
+            "\nstopping after the next step; Ctrl-C again stops at once and loses the steps since "
+            "the last checkpoint"
         )
 
     try:

@@ -1,4 +1,4 @@
-"""One step of learning: what the objective sees of a batch, the update, and what is logged of it."""
+"""One step of learning: what the objective sees of a batch, the update, and what is logged."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 def update(
     optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int, clip: float
 ) -> list[float]:
-    """Backward; clip every parameter group (a network each) by itself; one step at the group's own rate.
+    """Backward; clip each parameter group (a network each) by itself; one step at its own rate.
 
     Args: step: the first is 1.
     Returns: the groups' gradient norms before clipping.
@@ -44,7 +44,7 @@ def update(
 def objective_inputs(
     c: Config, world: World, state: Any, reference: nn.Module, batch: Batch, logps: Tensor
 ) -> Inputs:
-    """x of a batch and its log-probs [B, M]: with V(x) and mismatched pairs where they are needed."""
+    """x of a batch and its log-probs [B, M], with V(x) and mismatched pairs where needed."""
     values = prompt_values(c, state.value, batch) if state.value else None  # [B]
     mismatched = None
     if "mismatched" in OBJECTIVES[c.objective].needs:
