@@ -1,4 +1,4 @@
-"""The changes that README.md and docs/changing.md describe are made, in a copy, and run as a reader would."""
+"""The changes of README.md and docs/changing.md, made in a copy and run as a reader would."""
 
 import json
 import re
