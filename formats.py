@@ -214,7 +214,10 @@ EXPLANATION = '{"text": str, "filtered-avg-rating": number}'
 
 
 def read_copa(row: dict) -> dict:
-    """COPA-SSE (Brassard et al. 2022): premise, Why? or So what?, right answer; rated reasons."""
+    """COPA-SSE (Brassard et al. 2022): a question with its right answer; rated explanations.
+
+    The prompt is the premise, Why? or So what?, and the right answer.
+    """
     asks = _field(row, "asks-for", str, '"cause" or "effect"', COPA)
     if asks not in ("cause", "effect"):
         raise DataError(f'\'asks-for\' is {asks!r}, expected "cause" or "effect"')
