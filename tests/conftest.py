@@ -1,28 +1,36 @@
-"""One thread for every test: networks this small gain nothing by two, and lose much where something else is running."""
+"""What every test needs: one thread, subnormal numbers, no pictures; and one finished run for many."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported; the runs that tests start as processes read it too
-)
+# Networks this small gain nothing by two threads, and lose much where something else is running.
+# Set before torch is imported; the runs that tests start as processes read it too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from runs import small
 
-from experiments import figures
+import train
 
 
 @pytest.fixture(autouse=True)
 def subnormal_numbers_stay():
-    """train.main flushes subnormal numbers to zero for the whole process; other tests want them back."""
+    """train.main flushes subnormal numbers to zero for the whole process; other tests want them."""
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures():
-    """Drawing takes longer than a small run: in tests figures.draw does nothing, and this is the one that draws."""
-    real = figures.draw
+    """Drawing takes longer than a small run: in tests a run draws nothing, and this is what draws."""
+    real = train.draw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw", lambda folder: "curves: not drawn in tests")
+        patch.setattr(train, "draw", lambda folder: "curves: not drawn in tests")
         yield real
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, pictures):
+    """(folder, metrics) of a finished run; its neighbours find its reference in the cache."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return folder, train.main(small(folder))
