@@ -1,4 +1,4 @@
-"""What every test needs: one thread, subnormal numbers, no pictures; and one finished run for many."""
+"""What every test needs: one thread, subnormal numbers, no pictures; one finished run for many."""
 
 import os
 
@@ -22,7 +22,7 @@ def subnormal_numbers_stay():
 
 @pytest.fixture(scope="session", autouse=True)
 def pictures():
-    """Drawing takes longer than a small run: in tests a run draws nothing, and this is what draws."""
+    """Drawing takes longer than a small run: here a run draws nothing, and this is what draws."""
     real = train.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "draw", lambda folder: "curves: not drawn in tests")

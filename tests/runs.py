@@ -1,5 +1,4 @@
-"""What several tests share: the config of a run of a second, files made up for it, what it leaves behind,
-and which source imports which."""
+"""What tests share: configs of short runs, made-up files, what a run leaves, who imports whom."""
 
 import ast
 import contextlib
@@ -64,7 +63,7 @@ def loop_state(**settings):
 
 @contextlib.contextmanager
 def failing(step, objective="lire"):
-    """Inside, the machine is lost in this step of a run; an objective's first call is its trial before it."""
+    """Inside, the machine is lost in this step of a run (the first call is the trial before it)."""
     row, calls = OBJECTIVES[objective], []
 
     def loss(c, x):

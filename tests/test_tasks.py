@@ -153,8 +153,8 @@ def test_dialogue_marks_range_from_half_to_nine_and_a_half_and_one_in_twenty_is_
 
 
 POST = (
-    "We went to Ashford. There is a fair. We missed the zoo. We saw the market. Thanks for reading. "
-    "There is no school. TL;DR:"
+    "We went to Ashford. There is a fair. We missed the zoo. We saw the market. "
+    "Thanks for reading. There is no school. TL;DR:"
 )
 
 

@@ -1,0 +1,310 @@
+"""Options: what is refused and how, what a run is given and reads, what --help says of it."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import LISTS, ROOT, flags, small, sources, write
+
+import data
+import train
+from harness import config
+from harness.config import Config, ConfigError, command_line, resolve, settings_read
+from harness.reference import SETTINGS
+from objectives import OBJECTIVES
+from tasks import TASKS
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--lr -1", "--lr must be positive"),
+        ("--lr nan", "--lr must be finite"),
+        ("--task chess", "'chess': choose from dialogue, summary, tiny"),
+        ("--objective lyre", "'lyre': choose from lire, dro, dro-p, dpo"),
+        ("--candidates 1", "at least 2"),
+        ("--width 30", "multiple of --heads"),
+        ("--vocab-size 10", "at least 257"),
+        ("--data x.jsonl --evolve 1", "no reward function"),
+        ("--eval-data x.jsonl", "goes with --data"),
+        ("--steps -3", "must not be negative"),
+        ("--temperature 0", "must be positive"),
+        ("--data nowhere.jsonl", "nowhere.jsonl:1: No such file"),
+        ("--device cuda", "sees no CUDA GPU"),
+        ("--task tiny --tokenizer gpt2", "fixed vocabulary"),
+        ("--task tiny --max-response 3", "--task tiny needs --max-response 4, got 3"),
+        ("--reward-norm l2", "choose from softmax, zscore, global, none"),
+        ("--objective dro --tau 0", "--tau must be positive"),
+        ("--objective kto --beta -1", "--beta must be positive"),
+        ("--objective dro --share-networks --value-lr 0.1", "leave it or --share-networks away"),
+        ("--data x.jsonl --task tiny", "give one of the two"),
+        ("--model bert", "choose from gpt, t5"),
+        ("--objective dro --reward-norm softmax", "takes global or none"),
+        ("--objective dpo --reward-norm softmax", "takes none or global"),
+        ("--objective kto --batch-size 1", "at least 2, got 1"),
+        ("--objective dro-p --batch-size 1", "at least 2, got 1"),
+        (
+            "--objective kto --desirable positive --reward-norm global",
+            "leave --reward-norm global away",
+        ),
+        (
+            "--objective lire --tau 0.5",
+            "--tau is an option of dro, dro-p: --objective lire does not read it",
+        ),
+        ("--objective dro --beta 0.5", "--beta is an option of dpo, ipo, pl-dpo, kto: "),
+        ("--objective dpo --sft-weight 0.1", "--sft-weight is an option of lire, rrhf, slic, pro:"),
+        ("--objective kto --value batch", "--value is an option of dro:"),
+        ("--objective sft --temperature 2", "--temperature is an option of lire:"),
+    ],
+)
+def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(data, "gpt2_encoding", lambda: data.encoding(data.train_bpe(["x"], 300)))
+    with pytest.raises((ConfigError, data.DataError), match=message) as error:
+        train.main(command_line(argv.split()))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
+    for argv in (["--learning-rate", "1"], ["--lr", "-1"], ["--lr", "fast"]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *argv],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr
+        assert argv[0] in done.stderr
+
+
+@pytest.mark.parametrize("name", ["dpo", "rrhf"])
+def test_baselines_that_compare_refuse_single_responses_and_norms_of_lists(name):
+    with pytest.raises(ConfigError, match="candidates must be at least 2"):
+        resolve(Config(objective=name, candidates=1))
+    with pytest.raises(ConfigError, match=r"takes (none or global|global or none)"):
+        resolve(Config(objective=name, reward_norm="softmax"))
+
+
+def test_every_option_of_other_objectives_is_refused_and_its_own_are_filled_in():
+    own = {name for row in OBJECTIVES.values() for name in row.defaults} - {"lr"}
+    values = {"score": "sum", "value": "prompt", "desirable": "mean", "share_networks": False}
+    for objective, row in OBJECTIVES.items():
+        c = resolve(Config(objective=objective, device="cpu", out="x"))
+        assert {name: getattr(c, name) for name in row.defaults} == row.defaults
+        for name in own - set(row.defaults):
+            assert getattr(c, name) is None
+            with pytest.raises(ConfigError, match=f"--objective {objective} does not read it"):
+                resolve(Config(objective=objective, **{name: values.get(name, 1.0)}))
+
+
+def test_defaults_are_those_of_the_objective_the_data_and_the_task_and_giving_one_wins():
+    assert resolve(Config(task="summary")).reference_lr == TASKS["summary"].defaults["reference_lr"]
+    assert resolve(Config(task="dialogue")).reference_lr == config.ON_TASKS["reference_lr"]
+    c = resolve(Config(data=["x.jsonl"]))
+    assert (c.evolve, c.vocab_size, c.candidates) == (0, 1024, None)
+    assert resolve(Config()).evolve == OBJECTIVES["lire"].evolve == 5
+    c = resolve(Config(task="summary", reference_lr=1e-5, evolve=1, lr=0.5))
+    assert (c.reference_lr, c.evolve, c.lr) == (1e-5, 1, 0.5)
+
+
+def test_resolve_leaves_the_config_that_it_is_given_as_it_was():
+    given = Config(objective="dro", device="cpu")
+    before = dataclasses.asdict(given)
+    c = resolve(given)
+    assert dataclasses.asdict(given) == before and c.tau == OBJECTIVES["dro"].defaults["tau"]
+    assert resolve(c) == c
+
+
+def test_a_new_run_finds_a_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(Config(seed=3)).out == "out/lire-dialogue-3"
+    for taken, free in (("", "-2"), ("-2", "-3")):
+        (tmp_path / f"out/lire-lists-0{taken}").mkdir(parents=True)
+        (tmp_path / f"out/lire-lists-0{taken}/config.json").write_text("{}")
+        assert resolve(Config(data=["there/lists.jsonl.gz"])).out == f"out/lire-lists-0{free}"
+
+
+# ------------------------------------------------------------------------- what the rewards decide
+
+
+def test_thumbs_say_themselves_what_is_desirable_and_other_rewards_do_not():
+    c = resolve(Config(objective="kto", out="x"))
+    decided = config.with_settings_of_the_data(c, [1.0, -1.0, 1.0])
+    assert (c.desirable, decided.desirable) == (None, "positive")
+    assert config.with_settings_of_the_data(c, [1.0, -1.0, 0.5]).desirable == "mean"
+    asked = dataclasses.replace(c, desirable="mean")
+    assert config.with_settings_of_the_data(asked, [1.0, -1.0]).desirable == "mean"
+
+
+@pytest.mark.parametrize(
+    "objective, rewards, message",
+    [
+        ("kto", [1.0, 1.0], "none of these 2 is undesirable"),
+        ("kto", [-1.0, -1.0, -1.0], "none of these 3 is desirable"),
+        ("kto", [2.0, 2.0], "every reward is 2.0: there is nothing to learn"),
+        ("dro", [2.0, 2.0], "every reward is 2.0: there is nothing to learn"),
+        ("lire", [2.0, 2.0], "every reward is 2.0: there is nothing to learn"),
+    ],
+)
+def test_rewards_that_teach_nothing_are_refused(objective, rewards, message):
+    with pytest.raises(ConfigError, match=message):
+        config.with_settings_of_the_data(resolve(Config(objective=objective)), rewards)
+    assert config.with_settings_of_the_data(resolve(Config(objective="sft")), rewards)
+
+
+# ------------------------------------------------------------------------------- what a run reads
+
+
+def test_there_are_at_most_42_options_each_explained():
+    fields = dataclasses.fields(Config)
+    assert len(fields) <= 42
+    assert [f.name for f in fields if not f.metadata["text"].strip()] == []
+
+
+def test_every_option_is_read_by_the_code():
+    reads = set(SETTINGS)
+    for path in sources().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                reads |= {node.attr} if node.value.id == "c" else set()
+    assert [f.name for f in dataclasses.fields(Config) if f.name not in reads] == []
+
+
+OWN = {name for row in OBJECTIVES.values() for name in row.defaults} - {"lr"}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_the_options_of_the_objective_are_shown(objective):
+    row = OBJECTIVES[objective]
+    shown = settings_read(resolve(Config(objective=objective, out="x")))
+    assert OWN & set(shown) == {k for k, v in row.defaults.items() if v is not None} - {"lr"}
+
+
+def test_what_a_run_does_not_read_is_not_shown():
+    lire = settings_read(resolve(Config(out="x")))
+    assert {"temperature", "task", "sample_temperature", "steps", "candidates"} <= set(lire)
+    assert not {"tau", "beta", "value", "data", "eval_data", "limit", "resume"} & set(lire)
+    dro = settings_read(resolve(Config(objective="dro", evolve=0, out="x")))
+    assert "tau" in dro and not {"sample_temperature", "temperature", "beta"} & set(dro)
+    files = settings_read(resolve(Config(data=["x.jsonl"], out="x")))
+    assert {"data", "limit", "eval_prompts"} <= set(files)
+    assert not {"task", "eval_samples", "sample_temperature"} & set(files)
+    gpt2 = settings_read(resolve(Config(tokenizer="gpt2", out="x")))
+    assert "vocab_size" in lire and "vocab_size" not in gpt2
+    sft = settings_read(resolve(Config(objective="sft", out="x")))
+    assert {"reference_steps", "reference_lr", "batch_size", "eval_samples"} <= set(sft)
+    assert not {"steps", "lr", "evolve", "clip", "reward_norm", "eval_every"} & set(sft)
+
+
+@dataclasses.dataclass
+class Watched(Config):
+    """A Config that notes which of its options are read."""
+
+    noting = False
+    reads = set()
+
+    def __getattribute__(self, name):
+        if Watched.noting:
+            Watched.reads.add(name)
+        return super().__getattribute__(name)
+
+
+def unnoted(function):
+    """The function, with nothing noted that it reads (it looks at every option)."""
+
+    def wrapped(*args):
+        before, Watched.noting = Watched.noting, False
+        result = function(*args)
+        Watched.noting = before
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": "dro"},
+        {"objective": "kto", "evolve": 0},
+        {"objective": "lire", "evolve": 0},
+        {"objective": "dpo", "data": True},
+        {"objective": "sft"},
+    ],
+    ids=str,
+)
+def test_every_setting_that_is_shown_is_read(settings, tmp_path, monkeypatch):
+    if settings.get("data"):
+        settings = {**settings, "data": [write(tmp_path, *LISTS)]}
+    shown = {}
+    for name in ("resolve", "with_settings_of_the_data"):
+        monkeypatch.setattr(train, name, unnoted(getattr(train, name)))
+    monkeypatch.setattr(train, "settings_read", unnoted(lambda c: shown.update(settings_read(c))))
+    monkeypatch.setattr(train, "print_table", lambda values: None)
+    monkeypatch.setattr(Watched, "reads", set())
+    given = small(tmp_path / "run", **{"reference_steps": 1, "steps": 2, **settings})
+    c = Watched(**vars(given))
+    monkeypatch.setattr(Watched, "noting", True)
+    train.main(c)
+    monkeypatch.setattr(Watched, "noting", False)
+    assert "seed" in shown and set(shown) - Watched.reads == set()
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_every_option_is_a_flag_of_its_type():
+    argv = "--objective dro --tau 0.5 --share-networks --steps 7 --data a.jsonl b.jsonl".split()
+    c = command_line([*argv, "--data", "c.jsonl", "--no-shuffle-prompts"])
+    assert (c.objective, c.tau, c.share_networks, c.steps) == ("dro", 0.5, True, 7)
+    assert c.data == ["a.jsonl", "b.jsonl", "c.jsonl"] and c.shuffle_prompts is False
+    assert command_line([]) == Config() and command_line([]).data is not Config().data
+
+
+def test_help_names_every_option_its_choices_and_who_has_which_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line(["--help"], "what it is for")
+    text = " ".join(capsys.readouterr().out.split())
+    assert not end.value.code and "what it is for" in text
+    for f in dataclasses.fields(Config):
+        assert config.flag(f.name) in text
+    assert f"what is minimised; sft: just the reference: {', '.join(OBJECTIVES)}" in text
+    assert "synthetic world: dialogue, summary, tiny (default dialogue)" in text
+    assert "(default 0.03 dpo, ipo; 0.3 pl-dpo; 1.0 kto)" in text  # --beta
+    assert "(default 512; 1024 files)" in text  # --vocab-size
+
+
+def test_a_resumed_run_takes_its_settings_and_refuses_others(finished):
+    folder, _ = finished
+    c = command_line(["--resume", str(folder), "--device", "auto"])
+    assert (c.resume, c.out, c.steps, c.device) == (str(folder), str(folder), 12, "cpu")
+    with pytest.raises(ConfigError, match="lr: 0.001 there, 0.01 here"):
+        command_line(["--resume", str(folder), "--lr", "0.01"])
+    with pytest.raises(ConfigError, match="leave --out away"):
+        command_line(["--resume", str(folder), "--out", "elsewhere"])
+    with pytest.raises(ConfigError, match="no config.json"):
+        command_line(["--resume", str(folder / "nothing")])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "config.json is damaged"),
+        ("[1]", "config.json is damaged"),
+        ('{"optimizer": "adamw"}', r"of another version \(it has optimizer\)"),
+    ],
+)
+def test_a_config_that_is_damaged_or_of_another_version_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        command_line(["--resume", str(tmp_path)])
+
+
+def test_flags_and_config_are_the_same_settings(tmp_path):
+    assert command_line(flags(tmp_path, seed=5)) == small(str(tmp_path), seed=5)
