@@ -19,7 +19,7 @@ from objectives import OBJECTIVES
 ROOT = Path(train.__file__).parent
 DATA_DIR = Path(os.environ.get("LIRE_DATA_DIR", ROOT.parent / "shared" / "data"))
 
-# ---------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 
 SMALL = {
     "task": "tiny",
@@ -77,7 +77,7 @@ def failing(step, objective="lire"):
         yield
 
 
-# ------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 LISTS = [
     {
@@ -109,7 +109,7 @@ def write(folder, *lines, name="lists.jsonl") -> str:
     return str(path)
 
 
-# ----------------------------------------------------------------------------- what a run has left
+# ------------------------------------------------------------------------------ what a run has left
 
 
 def checkpoint(folder) -> dict:
@@ -130,7 +130,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-# ---------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 FOLDERS = ("", "harness", "experiments", "exercises")  # what is local, but for tests
 

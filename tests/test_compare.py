@@ -4,40 +4,49 @@ import csv
 import io
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, SMALL
 
 import frontier
-import train
 from experiments import cells, compare
+from harness.config import Config, ConfigError, resolve
+from objectives import OBJECTIVES
 
-SMALL = {
-    "layers": 1, "heads": 2, "width": 32, "reference_steps": 60, "steps": 40, "evolve": 2, "lr": 3e-3, "eval_every": 40,
-    "eval_prompts": 12, "eval_samples": 64, "device": "cpu",
-}  # fmt: skip
+OWN = {
+    **{name: SMALL[name] for name in ("layers", "heads", "width", "evolve")},
+    "reference_steps": 60,
+    "steps": 40,
+    "lr": 3e-3,
+    "eval_every": 40,
+    "eval_prompts": 12,
+    "eval_samples": 64,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def compared(tmp_path_factory):
     """A comparison of two objectives on tiny, in a folder of its own: (results, folder)."""
+    settings = compare.compare_rows(quick=True)
+    rows = {row: own for row, own in settings.items() if own["objective"] in ("lire", "dpo")}
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(compare, "QUICK", SMALL)
-        patch.setattr(compare, "STRENGTHS", {k: compare.STRENGTHS[k] for k in ("lire", "dpo")})
-        patch.setattr(cells, "run", lambda configs, jobs: [cells.run_one(c) for c in configs])
+        patch.setattr(compare, "QUICK", OWN)
+        patch.setattr(compare, "compare_rows", lambda quick: rows)
+        patch.setattr(compare, "run_cells", lambda configs, jobs: list(map(cells.run_one, configs)))
         results = compare.main(quick=True, task="tiny")
     return results, folder
 
 
-def test_the_plane_agrees_with_enumeration(small):
-    results, folder = small
+def test_the_plane_agrees_with_enumeration(compared):
+    results, folder = compared
     assert len(results["rows"]) == 2
     for row in results["rows"]:
-        settings = compare.rows_of(quick=True)[row]
-        c = train.Config(task="tiny", model="gpt", **SMALL, **settings)
+        settings = compare.compare_rows(quick=True)[row]
+        c = Config(task="tiny", model="gpt", **OWN, **settings)
         exact = json.loads((folder / cells.folder_of(c) / "metrics.json").read_text())
         found = results["rows"][row][0]
         assert found["kl"] == pytest.approx(exact["kl"], rel=0.25)
@@ -45,10 +54,12 @@ def test_the_plane_agrees_with_enumeration(small):
         assert found["efficiency"] == pytest.approx(exact["efficiency"], abs=0.15)
 
 
-def test_it_writes_the_same_as_text_csv_json_and_picture(small):
-    results, folder = small
+def test_it_writes_the_same_as_text_csv_json_and_picture(compared):
+    results, folder = compared
     written = {p.suffix: p for p in (folder / "results").iterdir()}
-    assert json.loads(written[".json"].read_text()) == json.loads(json.dumps(results))
+    content = json.loads(written[".json"].read_text())
+    assert content["results"] == json.loads(json.dumps(results))
+    assert content["command"] == "python -m experiments.compare --quick --task tiny"
     assert written[".txt"].read_text() == compare.table(results) + "\n"
     rows = list(csv.DictReader(io.StringIO(written[".csv"].read_text())))
     assert [r["row"] for r in rows] == ["lire, temperature 4", "dpo, beta 0.03"]
@@ -57,15 +68,14 @@ def test_it_writes_the_same_as_text_csv_json_and_picture(small):
     assert written[".png"].stat().st_size > 10_000
 
 
-def test_the_frontier_rises_and_nobody_is_above_it(small):
-    results, _ = small
+def test_the_frontier_rises_and_nobody_is_above_it(compared):
+    results, _ = compared
     kl, reward = torch.tensor(results["frontiers"][0]).T.contiguous()
     assert (kl.diff() >= -1e-9).all() and (reward.diff() >= -1e-9).all()
     for found in results["rows"].values():
         for m in found:
-            k = min(
-                torch.searchsorted(kl, torch.tensor(m["kl"])).item(), len(kl) - 1
-            )  # the point at its KL or just beyond
+            # The point at its KL or just beyond.
+            k = min(torch.searchsorted(kl, torch.tensor(m["kl"])).item(), len(kl) - 1)
             assert m["kl"] > 0.05 and m["policy_reward"] < reward[k] + 0.1
             assert m["efficiency"] < 1
 
@@ -86,13 +96,11 @@ def test_one_answer_less_reward_or_far_too_much_kl_are_collapses():
 
 def test_joint_weights_of_two_are_the_mixture_weights_and_of_three_find_what_enumeration_finds():
     g = torch.Generator().manual_seed(3)
-    exact = (2 * torch.randn(3, 4, 20, generator=g, dtype=torch.float64)).log_softmax(
-        -1
-    )  # three models, 4 prompts, 20 responses
+    # Three models, 4 prompts, 20 responses.
+    exact = (2 * torch.randn(3, 4, 20, generator=g, dtype=torch.float64)).log_softmax(-1)
     rewards, n = torch.randn(4, 20, generator=g, dtype=torch.float64), 20_000
-    samples = torch.cat(
-        [of.exp().multinomial(n, True, generator=g) for of in exact], -1
-    )  # [4, 3 n]
+    drawn = [model.exp().multinomial(n, True, generator=g) for model in exact]
+    samples = torch.cat(drawn, -1)  # [4, 3 n]
     logps, earned = exact.gather(-1, samples.expand(3, -1, -1)), rewards.gather(-1, samples)
     pair = exact[:2].gather(-1, samples[:, : 2 * n].expand(2, -1, -1))
     for joint, mixture in zip(
@@ -111,14 +119,13 @@ def test_joint_weights_of_two_are_the_mixture_weights_and_of_three_find_what_enu
 
 @pytest.mark.parametrize("seeds", [0, -1])
 def test_no_seeds_are_refused(seeds):
-    with pytest.raises(train.ConfigError, match="--seeds must be at least 1"):
+    with pytest.raises(ConfigError, match="--seeds must be at least 1"):
         compare.main(seeds=seeds)
 
 
 def test_own_metrics_by_hand():
-    logps = torch.tensor(
-        [[-1.0, -2.0, -3.0, -5.0]]
-    )  # two samples of the reference, then two of the policy
+    # Two samples of the reference, then two of the policy.
+    logps = torch.tensor([[-1.0, -2.0, -3.0, -5.0]])
     ref_logps = torch.tensor([[-1.0, -1.0, -4.0, -4.0]])
     rewards = torch.tensor([[0.0, 1.0, 1.0, 2.0]])
     m = compare.own_metrics([[[5, 9], [5, 9]]], logps, ref_logps, rewards, 1, 2)
@@ -139,18 +146,46 @@ def test_failures_and_collapses_are_told_on_their_row():
 
 
 def test_the_defaults_are_the_best_of_the_grid():
-    results = json.loads((Path(train.__file__).parent / "results" / "grid.json").read_text())
+    results = json.loads((ROOT / "results" / "grid.json").read_text())["results"]
     assert set(results["rows"]) == set(compare.grid_rows())
-    for objective, settings in compare.best(results).items():
+    best = compare.best_settings(results)
+    assert set(best) == set(compare.GRID)
+    for objective, settings in best.items():
+        defaults = OBJECTIVES[objective].defaults
         assert settings == {"objective": objective} | {
-            k: train.BEST[objective][k] for k in settings if k != "objective"
+            name: defaults[name] for name in settings if name != "objective"
         }
 
 
 def test_everyone_has_the_same_grid_of_settings_that_exist():
     rows = compare.grid_rows()
-    for objective, (name, _) in compare.STRENGTHS.items():
+    for objective, (name, _) in compare.GRID.items():
         own = [s for s in rows.values() if s["objective"] == objective]
         assert len(own) == 9 and len({(s[name], s["lr"]) for s in own}) == 9
         for settings in own:
-            train.resolve(train.Config(**settings))
+            resolve(Config(**settings))
+
+
+def test_every_objective_that_trains_is_compared_at_its_default_strength():
+    trained = {name for name, row in OBJECTIVES.items() if row.loss}
+    for quick in (True, False):
+        rows = compare.compare_rows(quick)
+        assert {settings["objective"] for settings in rows.values()} == trained
+        for settings in rows.values():
+            resolve(Config(**settings))
+        at_default = set()
+        for settings in rows.values():
+            objective, *strengths = settings.values()
+            defaults = OBJECTIVES[objective].defaults
+            own = [defaults[name] for name in settings if name != "objective"]
+            at_default |= {objective} if strengths == own else set()
+        assert at_default == trained
+    assert len(compare.compare_rows(True)) == len(trained)
+    whole = [row for row in compare.compare_rows(False) if row.startswith("lire, ")]
+    assert whole == ["lire, temperature 1", "lire, temperature 2", "lire, temperature 4"]
+
+
+def test_the_grid_is_of_one_seed_with_settings_of_its_own():
+    for wrong in ({"quick": True}, {"evolve": 1}, {"seeds": 2}):
+        with pytest.raises(ConfigError, match="--grid is of one seed"):
+            compare.main(grid=True, **wrong)

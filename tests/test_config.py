@@ -17,7 +17,7 @@ from harness.reference import SETTINGS
 from objectives import OBJECTIVES
 from tasks import TASKS
 
-# --------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_new_run_finds_a_free_folder(tmp_path, monkeypatch):
         assert resolve(Config(data=["there/lists.jsonl.gz"])).out == f"out/lire-lists-0{free}"
 
 
-# ------------------------------------------------------------------------- what the rewards decide
+# -------------------------------------------------------------------------- what the rewards decide
 
 
 def test_thumbs_say_themselves_what_is_desirable_and_other_rewards_do_not():
@@ -158,7 +158,7 @@ def test_rewards_that_teach_nothing_are_refused(objective, rewards, message):
     assert config.with_settings_of_the_data(resolve(Config(objective="sft")), rewards)
 
 
-# ------------------------------------------------------------------------------- what a run reads
+# --------------------------------------------------------------------------------- what a run reads
 
 
 def test_there_are_at_most_42_options_each_explained():
@@ -256,7 +256,7 @@ def test_every_setting_that_is_shown_is_read(settings, tmp_path, monkeypatch):
     assert "seed" in shown and set(shown) - Watched.reads == set()
 
 
-# ------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def test_every_option_is_a_flag_of_its_type():

@@ -22,7 +22,7 @@ from harness.pool import (
 )
 from harness.reference import new_model
 
-# --------------------------------------------------------------------------- against the optimum
+# ------------------------------------------------------------------------------ against the optimum
 
 
 def test_policy_equals_reference_before_the_first_step_in_either_precision():
@@ -151,7 +151,7 @@ def test_pi_star_and_v_star_are_those_of_the_objectives_own_strength():
     assert "kl_from_optimum" not in lire and "value_error" not in lire
 
 
-# ------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_list_metrics_count_ties_half_and_name_every_score():
@@ -186,7 +186,7 @@ def test_lists_are_scored_by_sums_means_ratios_and_lengths(tmp_path, capsys):
         assert row["longest"] == [len(" " + text) for text in texts]
 
 
-# ---------------------------------------------------------------------------------- while it runs
+# ------------------------------------------------------------------------------------ while it runs
 
 
 def test_the_residual_within_prompts_is_that_of_the_samples():
@@ -215,7 +215,7 @@ def test_files_have_a_residual_of_their_held_out_lists_and_no_reward(tmp_path):
     assert set(evaluation.quick_evaluation(lire, world, state, reference, 1)) == {"kl"}
 
 
-# ------------------------------------------------------------------------------------- at the end
+# --------------------------------------------------------------------------------------- at the end
 
 
 def test_answers_stand_side_by_side_with_their_rewards():

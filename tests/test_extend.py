@@ -1,4 +1,4 @@
-"""What a reader adds: an objective, a task or a format is one function and one row, and nobody else is told."""
+"""What a reader adds, an objective, a task or a format, is one function and one row of a table."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from harness.config import Config, ConfigError, command_line, option, resolve
 from objectives import OBJECTIVES, Objective
 from tasks import TASKS, Task, TaskRow, rewarded
 
-# ------------------------------------------------------------------------------------ an objective
+# ------------------------------------------------------------------------------------- an objective
 
 
 def hinge_objective(c, x):
@@ -101,7 +101,7 @@ def test_a_slip_in_a_new_objective_shows_before_anything_is_written(hinge, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------ a task
+# ------------------------------------------------------------------------------------------- a task
 
 
 def weather(rng):
@@ -147,7 +147,7 @@ def test_a_new_task_runs_and_is_measured_against_its_optimum(new_task, tmp_path,
     assert metrics["optimal_reward"] <= 1 and metrics["policy_length"] == 2  # a word and EOS
 
 
-# ---------------------------------------------------------------------------------------- a format
+# ----------------------------------------------------------------------------------------- a format
 
 
 def read_pair(row):

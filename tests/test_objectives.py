@@ -1,4 +1,4 @@
-"""What is minimised: every objective on a batch against the oracle, its row, and its metrics by hand."""
+"""What is minimised: every objective against the oracle, its row, its metrics by hand."""
 
 import types
 
@@ -33,10 +33,10 @@ def loss_of(name, x, **settings):
     return total(OBJECTIVES[name].loss(config(name, **settings), x))
 
 
-def row(x, b):
-    """List b: log-probs, reference's, lengths, rewards of its real candidates, as lists."""
+def row(x, place):
+    """The list at a place: log-probs, reference's, lengths, rewards of its real candidates, as lists."""
     tensors = x.logps.detach(), x.ref_logps, x.lengths, x.rewards
-    return [tensor[b][x.mask[b]].tolist() for tensor in tensors]
+    return [tensor[place][x.mask[place]].tolist() for tensor in tensors]
 
 
 RAGGED = (
@@ -44,7 +44,7 @@ RAGGED = (
     [[True] * 3, [True, True, False], [True] * 3],
 )
 
-# --------------------------------------------------------------------------------- LIRE and DRO
+# ------------------------------------------------------------------------------------- LIRE and DRO
 
 
 @pytest.mark.parametrize("score", ["sum", "mean"])
@@ -102,7 +102,7 @@ def test_the_total_adds_up_the_means_of_parts_of_unlike_sizes():
     assert total(losses).item() == 3.0 + 4.0
 
 
-# -------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "slic"])
@@ -183,7 +183,7 @@ def test_best_and_worst_skip_ties_and_empty_slots():
     assert objectives.unlike(x).tolist() == [True, True, False]
 
 
-# ---------------------------------------------------------------------------------------- the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 
 @pytest.mark.parametrize("padding", [1e9, -1e9, torch.inf, torch.nan])
@@ -259,7 +259,7 @@ def test_a_slip_in_an_objective_shows_in_the_first_second(monkeypatch):
         objectives.try_objective(config("lire"))
 
 
-# ----------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_chosen_and_rejected_are_best_and_worst_in_the_objectives_own_strength():

@@ -15,7 +15,7 @@ from harness import pool
 from harness.config import ConfigError, resolve
 from harness.evaluation import enumerate_responses
 
-# ------------------------------------------------------------------------------------------ worlds
+# ------------------------------------------------------------------------------------------- worlds
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_gpt2_vocabulary_runs_where_it_is_at_hand(tmp_path, monkeypatch):
     assert math.isfinite(metrics["kl"]) and "tokenizer.txt" not in os.listdir(tmp_path / "run")
 
 
-# -------------------------------------------------------------------------------- samples, scores
+# ---------------------------------------------------------------------------------- samples, scores
 
 
 def test_random_numbers_depend_on_the_seed_and_the_names_alone():
@@ -140,7 +140,7 @@ def test_rewards_are_the_tasks_own_of_the_text_without_its_end():
     assert pool.reward_list(world, "What is the sea like?", lists) == [2.0, -0.5, 0.0]
 
 
-# -------------------------------------------------------------------------------------- the lists
+# ---------------------------------------------------------------------------------------- the lists
 
 
 def test_a_pool_gives_each_pass_in_an_order_of_its_own_that_no_resume_can_change():

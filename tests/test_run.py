@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, nothing lost by a crash, a better policy at the end. Each takes a second."""
+"""Whole runs: what they leave, nothing lost by a crash, a better policy at the end."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def resume(folder, *options):
     return train.main(command_line(["--resume", str(folder), *options]))
 
 
-# ------------------------------------------------------------------------------ what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_writes_what_it_promises(finished):
@@ -96,7 +96,7 @@ def test_a_table_has_its_values_in_columns_from_top_to_bottom(capsys):
     assert rows == [["a", "1", "c", "text"], ["b", "0.500", "d", "None"]]
 
 
-# -------------------------------------------------------------------------------- every setting
+# ------------------------------------------------------------------------------------ every setting
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_no_steps_is_the_reference_itself(tmp_path):
     assert train.main(small(tmp_path / "run", steps=0))["kl"] == 0
 
 
-# ------------------------------------------------------------------------------- a better policy
+# ---------------------------------------------------------------------------------- a better policy
 
 
 def test_a_short_run_improves_the_reward_on_prompts_never_trained_on(tmp_path):
@@ -189,7 +189,7 @@ def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(n
     assert metrics["train_policy_reward"] > metrics["train_reference_reward"] + 0.05
 
 
-# ------------------------------------------------------------------------------------ nothing lost
+# ------------------------------------------------------------------------------------- nothing lost
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(finished):
@@ -204,7 +204,7 @@ def test_one_seed_gives_one_run_and_another_seed_another(finished):
 
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 7, 9, 12])
 def test_a_run_cut_anywhere_resumes_to_the_same_bits(finished, step):
-    """Rounds end at 6 and 12, checkpoints are at 4, 8 and 12; before the first one it starts over."""
+    """Rounds end at 6 and 12, checkpoints are at 4, 8 and 12; before the first it starts over."""
     folder, _ = finished
     cut = folder.parent / f"cut-{step}"
     with failing(step), pytest.raises(OSError, match="the machine is gone"):
@@ -363,7 +363,7 @@ def test_a_collapse_is_said_aloud_at_an_evaluation(tmp_path, monkeypatch, capsys
     assert said == ["4", "8", "12"]  # the rows of steps 1 and 10 are no evaluation
 
 
-# ----------------------------------------------------------------------------------------- own files
+# ---------------------------------------------------------------------------------------- own files
 
 
 def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):

@@ -11,7 +11,7 @@ import train
 from harness.config import ConfigError
 from harness.pool import score_lists
 
-# ------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 
 def test_networks_are_apart_unless_shared():
@@ -34,7 +34,7 @@ def test_the_policy_starts_as_a_copy_of_the_reference():
     assert not same(state.policy.state_dict(), reference.state_dict())
 
 
-# ---------------------------------------------------------------------------------------- rounds
+# ------------------------------------------------------------------------------------------- rounds
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,9 @@ def test_shuffled_prompts_are_other_prompts():
 
 
 def test_candidates_takes_the_first_of_a_files_lists(tmp_path, capsys):
-    rewards = lambda i, row: [i % 3, 9, 9][: len(row["rewards"])]
-    lists = [{**row, "rewards": rewards(i, row)} for i, row in enumerate(LISTS)]
+    lists = [
+        {**row, "rewards": [i % 3, 9, 9][: len(row["rewards"])]} for i, row in enumerate(LISTS)
+    ]
     settings = {"objective": "dro", "candidates": 1, "data": [write(tmp_path, *lists)]}
     c, world, state, reference = loop_state(**settings)
     pool = train.make_pool(c, world, state, reference, 0)
@@ -171,7 +172,7 @@ def test_a_first_pool_of_one_reward_ends_the_run_and_a_later_one_does_not(object
     assert train.make_pool(c, world, state, reference, 1).examples
 
 
-# ---------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def test_sample_temperature_changes_the_pool_and_clip_the_step(tmp_path):

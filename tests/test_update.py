@@ -54,7 +54,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_nothing_is_changed(factor)
     assert (a.item(), b.item()) == (2.0, 3.0)
 
 
-# ------------------------------------------------------------------------ what the objective is given
+# ---------------------------------------------------------------------- what the objective is given
 
 
 def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts():
@@ -115,7 +115,7 @@ def test_an_objective_is_given_what_its_row_says_that_it_needs(objective):
     assert total(losses).isfinite() and total(losses).requires_grad
 
 
-# --------------------------------------------------------------------------------- the row of the log
+# ------------------------------------------------------------------------------- the row of the log
 
 
 def test_a_row_says_where_the_run_is_and_how_each_part_of_the_loss_stands():
