@@ -72,7 +72,7 @@ def test_impossible_values_end_with_one_clear_line(argv, message, monkeypatch, t
 
 
 def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
-    for argv in (["--learning-rate", "1"], ["--lr", "-1"], ["--lr", "fast"]):
+    for argv in (["--learning-rate", "1"], ["--lr", "-1"]):
         done = subprocess.run(
             [sys.executable, str(ROOT / "train.py"), *argv],
             capture_output=True,
@@ -81,6 +81,8 @@ def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
         )
         assert done.returncode != 0 and done.stderr.count("\n") == 1, done.stderr
         assert argv[0] in done.stderr
+    with pytest.raises(SystemExit, match=r"^train.py: argument --lr: invalid .*'fast'; --help.*$"):
+        command_line(["--lr", "fast"])
 
 
 @pytest.mark.parametrize("name", ["dpo", "rrhf"])

@@ -34,7 +34,7 @@ def loss_of(name, x, **settings):
 
 
 def row(x, place):
-    """The list at a place: log-probs, reference's, lengths, rewards of its real candidates, as lists."""
+    """Log-probs, reference's, lengths, rewards of the real candidates of a list, as lists."""
     tensors = x.logps.detach(), x.ref_logps, x.lengths, x.rewards
     return [tensor[place][x.mask[place]].tolist() for tensor in tensors]
 
