@@ -103,16 +103,17 @@ def test_rewards_of_samples_by_hand():
 
 def test_answers_by_hand():
     _, world, _ = untrained()
-    enc, examples = world.enc, world.heldout[:2]
-    words = world.task.words
+    enc = world.enc
+    examples = [e for e in world.heldout if {"sea", "lake"} & set(e.prompt.rstrip("?.").split())]
     ids = lambda text: [*enc.encode_ordinary(text), enc.eot_token]
-    lists = [[ids(f" {words[0]}"), ids(f" {words[0]}")], [ids(f" {words[1]} {words[2]}"), ids("")]]
+    lists = [[ids(" wild"), ids(" wild")], [ids(" calm cold"), ids("")]]
     metrics = evaluation.answer_metrics(world, examples, lists, "policy")
     assert metrics["policy_length"] == (2 + 2 + 3 + 1) / 4
     assert metrics["policy_distinct"] == 3 / 4
-    others = [examples[1].prompt, examples[0].prompt]
-    rewards = [reward_list(world, prompt, row) for prompt, row in zip(others, lists)]
-    assert metrics["shuffled_policy_reward"] == sum(map(sum, rewards)) / 4
+    # A wild sea and a calm, cold lake earn 1, 1 and 2; the other way round nothing fits.
+    own = [reward_list(world, e.prompt, row) for e, row in zip(examples, lists)]
+    assert own == [[1.0, 1.0], [2.0, 0.0]]
+    assert metrics["shuffled_policy_reward"] == (-0.5 - 0.5 - 1.0 + 0.0) / 4
 
 
 def test_a_prompt_alone_has_no_standard_error():

@@ -56,7 +56,9 @@ def test_a_round_samples_for_the_prompts_that_it_visits_and_for_no_others():
     assert len(lists) == len(world.train) > 24
     assert sorted(map(len, lists)) == [0] * (len(lists) - 24) + [3] * 24  # six steps of four
     assert lists == train.sample_round(c, world, state.policy, 0)
-    assert lists != train.sample_round(c, world, state.policy, 1)
+    c, *_ = loop_state(steps=24, evolve=2, batch_size=len(world.train), candidates=3)
+    lists, others = (train.sample_round(c, world, state.policy, k) for k in (0, 1))
+    assert all(lists) and all(others) and lists != others  # new samples for the same prompts
 
 
 def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
