@@ -416,8 +416,8 @@ def table(results: dict[str, Any]) -> str:
     sampling = [row for row in results["rows"] if "sampled_cached" in row]
     for row in sampling:
         lines.append(
-            f"\nSampling, {row['model']}: {spread(row['sampled_cached'], 1, 0)} tokens a second with "
-            f"the cache, {spread(row['sampled_uncached'], 1, 0)} without."
+            f"\nSampling, {row['model']}: {spread(row['sampled_cached'], 1, 0)} tokens a second "
+            f"with the cache, {spread(row['sampled_uncached'], 1, 0)} without."
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Every table on one page: `python -m experiments.report` writes results/README.md.
 
-A result is a file results/NAME.json and a row of SECTIONS: its title and how to read it. The numbers
-are the file's, and so are the command that made them and its date.
+A result is a file results/NAME.json and a row of SECTIONS: its title and how to read it. The
+numbers are the file's, and so are the command that made them and its date.
 """
 
 import json
@@ -128,9 +128,10 @@ def report() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m experiments.report` from the files beside it. Two cores of an Intel "
-        "Xeon, torch 2.13.0 (CPU). Rewards are the task's own, of held-out prompts unless said; ± is "
-        "the standard deviation over seeds, - a number that would mean nothing (docs/metrics.md).",
+        "Written by `python -m experiments.report` from the files beside it. Two cores of an "
+        "Intel Xeon, torch 2.13.0 (CPU). Rewards are the task's own, of held-out prompts unless "
+        "said; ± is the standard deviation over seeds, - a number that would mean nothing "
+        "(docs/metrics.md).",
         "",
     ]
     for name, section in SECTIONS.items():

@@ -1,43 +1,127 @@
-"""The README is executed: its commands parse, its code runs, its tables are those in results/."""
+"""The pages are executed: commands parse, code is the project's, tables are those of results/."""
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
-from runs import ROOT, sources
 
-import objectives
-from experiments import compare, copa, exact, tables
-from harness.config import Config, ConfigError, command_line, resolve
+import formats
+from experiments import compare, report
+from harness.config import Config, command_line, resolve
 from objectives import OBJECTIVES
 
+ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = {
-    kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("bash", "python", "json")
-}
-COMMANDS = [
-    part.strip()
-    for block in BLOCKS["bash"]
-    for line in block.splitlines()
-    for part in line.split("&&")
-]
+PAGES = ["README.md", "docs/changing.md", "docs/differences.md", "docs/metrics.md"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_exists_and_its_options_parse(command):
+def blocks(kind, page="README.md"):
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def commands(page):
+    """Whole lines of bash blocks, and what stands in backticks and begins like a command."""
+    text = (ROOT / page).read_text()
+    lines = [line for block in blocks("bash", page) for line in block.splitlines()]
+    lines += re.findall(r"`((?:python|bash|pytest) [^`\n]*)`", text)
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+@pytest.mark.parametrize("page, command", [(page, c) for page in PAGES for c in commands(page)])
+def test_every_command_exists_and_its_options_parse(page, command):
     words = shlex.split(command)
-    if words[:2] == ["python", "train.py"] and words[2:] != ["--help"] and "--resume" not in words:
-        resolve(command_line(words[2:]))
+    if words[:2] == ["python", "train.py"]:
+        if "--help" not in words and "--resume" not in words and "echo" not in words:
+            resolve(command_line(words[2:]))
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
+        options = [word for word in words[3:] if word.startswith("--")]
+        source = Path(importlib.util.find_spec(words[2]).origin).read_text()
+        assert all(f'"{option}"' in source for option in options)
     elif words[:3] == ["pip", "install", "-r"]:
         assert (ROOT / words[3]).exists()
     else:
-        assert words[0] in ("pytest", "python")
+        assert words == ["pytest"] or words == ["bash", ".ci/run"]
+
+
+def test_it_fits_a_break():
+    assert len(README.splitlines()) <= 220 and len(README.encode()) <= 14_000
+    assert README.count("![") == 1  # one picture
+
+
+def test_every_file_and_option_that_a_page_names_exists():
+    fields = {f.name for f in dataclasses.fields(Config)} | {"help", "margin", "votes"}
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for path in re.findall(r"`([\w/]+\.(?:py|md|png))`|\]\(([\w/.]+)\)", text):
+            name = path[0] or path[1]
+            assert (ROOT / name).exists() or name in ("curves.png",), f"{name} in {page}"
+        for name in re.findall(r"`[^`\n]*?--([a-z][a-z-]*)", text):
+            known = name.replace("-", "_") in fields
+            assert known or name in ("prompt", "quick", "grid"), f"--{name} in {page}"
+
+
+def test_the_reading_order_names_the_flat_files():
+    rows = re.findall(r"^\| \d+ \| `(\w+\.py)`", README, re.M)
+    assert sorted(rows) == sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def test_the_loop_is_that_of_train_py():
+    [loop] = [block for block in blocks("python") if block.startswith("for step in")]
+    source = [line.strip() for line in (ROOT / "train.py").read_text().splitlines()]
+    for line in loop.splitlines():
+        assert line.split("  #")[0].strip() in [s.split("  #")[0] for s in source], line
+
+
+def test_the_result_table_is_that_of_the_comparison():
+    results = json.loads((ROOT / "results/compare.json").read_text())["results"]
+    whole = [line.split(" | ") for line in compare.table(results).splitlines()]
+    cells = {row[0]: row for row in whole}
+    columns = ["policy_reward", "win_rate", "kl", "efficiency"]
+    places = [whole[0].index(name) for name in columns]
+    section = README.split("## Results")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "---" not in line]
+    assert rows[0] == "| | " + " | ".join(columns) + " |"
+    assert 1 <= len(rows[1:]) <= 7
+    for row in rows[1:]:
+        own = cells[row.split(" | ")[0]]
+        assert row == " | ".join([own[0], *(own[place] for place in places)]) + " |"
+
+
+def test_results_readme_is_what_report_writes():
+    assert (ROOT / "results/README.md").read_text() == report.report()
+    named = {path.stem for path in (ROOT / "results").glob("*.json")}
+    assert named <= set(report.SECTIONS)
+
+
+def test_every_logged_metric_is_explained():
+    text = (ROOT / "docs/metrics.md").read_text()
+    known = set(re.findall(r"`([\w/*]+)`", text))
+    for name in OBJECTIVES:
+        source = (ROOT / "objectives.py").read_text() + (ROOT / "harness/update.py").read_text()
+        for metric in re.findall(
+            r'"((?:loss|rewards|logps|candidates|value|residual)/\w+)"', source
+        ):
+            assert metric in known, f"{metric} of {name}"
+    evaluation = (ROOT / "harness/evaluation.py").read_text()
+    for metric in re.findall(r'^ +"(\w+)":|metrics\["([\w/]+)"\] =', evaluation, re.M):
+        name = metric[0] or metric[1]
+        if name not in ("frontier", "policy", "reference", "longest", "prompt", "ood", "train"):
+            assert (
+                name in known or re.sub(r"^(policy|reference)_(sum|mean|ratio)$", "", name) == ""
+            ), name
+
+
+def test_the_json_example_is_a_record():
+    [example] = blocks("json")
+    record = formats.read_canonical(json.loads(example))
+    assert len(record["responses"]) == len(record["rewards"]) == 3
 
 
 def test_requirements_are_the_three_packages():
@@ -47,59 +131,14 @@ def test_requirements_are_the_three_packages():
 
 def test_ci_runs_exactly_the_readme_test_command():
     script = (ROOT / ".ci" / "run").read_text()
-    assert (
-        script.rstrip().endswith("\npytest")
-        and "requirements-dev.txt" in script
-        and "ruff check" in script
-    )
-
-
-def test_the_loss_example_runs():
-    example = next(block for block in BLOCKS["python"] if "import lire" in block)
-    names = {}
-    exec(example, names)
-    assert names["logps"].grad.sum().abs() < 1e-6
-
-
-def test_a_new_objective_is_one_function_and_one_row():
-    examples = [block for block in BLOCKS["python"] if "OBJECTIVES" in block]
-    assert len(examples) == 1, "README.md shows once how an objective is put into OBJECTIVES"
-    (example,) = examples
-    assert len(example.strip().splitlines()) <= 12
-    before = set(OBJECTIVES)
-    try:
-        exec(example, {**vars(objectives)})
-        (new,) = set(OBJECTIVES) - before
-        objectives.try_objective(resolve(Config(objective=new)))
-        with pytest.raises(ConfigError, match=new):
-            resolve(Config(objective=f"{new}s"))
-    finally:
-        for name in set(OBJECTIVES) - before:
-            del OBJECTIVES[name]
+    assert script.rstrip().endswith("\npytest")
+    assert "requirements-dev.txt" in script and "ruff check" in script
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name
+    "name",
+    """lire dro baselines frontier model data tasks formats objectives harness.evaluation
+    experiments.bench""".split(),
 )
-def test_the_tables_are_those_of_the_results(path):
-    results = json.loads(path.read_text())["results"]
-    if path.stem.startswith(("compare-", "grid")):
-        pytest.skip("the README shows the whole comparison alone")
-    if path.stem == "copa":
-        printed = [copa.table(scores) for scores in results.values()]
-    else:
-        whole = {"exact": exact.table, "compare": compare.table}.get(
-            path.stem, lambda found: tables.table(path.stem, found)
-        )
-        printed = [whole(results)]
-    for text in printed:
-        assert text in README, f"README.md does not hold the table of {path.name}"
-
-
-WITH_EXAMPLES = "lire dro frontier baselines model data tasks harness.evaluation".split()
-
-
-@pytest.mark.parametrize("module", sources())
-def test_no_docstring_example_is_wrong(module):
-    result = doctest.testmod(importlib.import_module(module))
-    assert result.failed == 0 and (result.attempted or module not in WITH_EXAMPLES)
+def test_no_docstring_example_is_wrong(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
