@@ -27,7 +27,7 @@ SMALL = {
     "steps": 12,
     "evolve": 2,
     "batch_size": 4,
-    "eval_prompts": 6,
+    "eval_prompts": 3,
     "eval_samples": 16,
     "eval_every": 4,
     "layers": 1,
