@@ -6,7 +6,7 @@ numbers are the file's, and so are the command that made them and its date.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments import bench, compare, copa, exact, tables
 
@@ -109,7 +109,7 @@ SECTIONS = {
 }
 
 
-def markdown(name: str, results) -> str:
+def markdown(name: str, results: Any) -> str:
     """The table of results/NAME.json."""
     if name == "copa":
         return "\n\n".join(f"`{row}`\n\n{copa.table(own)}" for row, own in results.items())

@@ -239,7 +239,7 @@ def settings_read(c: Config) -> dict[str, Any]:
         f.name for f in dataclasses.fields(c) if c.objective not in (owners(f.name) or OBJECTIVES)
     }
     if not c.evolve:
-        unread.add("sample_temperature")
+        unread |= {"sample_temperature", "iterate"}
     if c.tokenizer != "bpe":
         unread.add("vocab_size")
     if OBJECTIVES[c.objective].loss is None:

@@ -247,8 +247,8 @@ def test_every_setting_that_is_shown_is_read(settings, tmp_path, monkeypatch):
     shown = {}
     for name in ("resolve", "with_settings_of_the_data"):
         monkeypatch.setattr(train, name, unnoted(getattr(train, name)))
-    monkeypatch.setattr(train, "settings_read", unnoted(lambda c: shown.update(settings_read(c))))
-    monkeypatch.setattr(train, "print_table", lambda values: None)
+    note = unnoted(lambda c: shown.update(settings_read(c)))
+    monkeypatch.setattr(train, "describe_settings", note)
     monkeypatch.setattr(Watched, "reads", set())
     given = small(tmp_path / "run", **{"reference_steps": 1, "steps": 2, **settings})
     c = Watched(**vars(given))
@@ -256,6 +256,16 @@ def test_every_setting_that_is_shown_is_read(settings, tmp_path, monkeypatch):
     train.main(c)
     monkeypatch.setattr(Watched, "noting", False)
     assert "seed" in shown and set(shown) - Watched.reads == set()
+
+
+def test_settings_stand_in_columns_from_top_to_bottom_with_their_digits():
+    c = resolve(small("unused", lr=5e-4))
+    rows = [line.split() for line in config.describe_settings(c, columns=2).splitlines()]
+    names = list(settings_read(c))
+    half = -(-len(names) // 2)
+    assert [row[0] for row in rows] == names[:half]
+    assert [row[2] for row in rows if len(row) > 2] == names[half:]
+    assert ["lr", "0.0005"] in [row[k : k + 2] for row in rows for k in (0, 2)]
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -276,7 +286,7 @@ def test_help_names_every_option_its_choices_and_who_has_which_default(capsys):
     assert not end.value.code and "what it is for" in text
     for f in dataclasses.fields(Config):
         assert config.flag(f.name) in text
-    assert f"what is minimised; sft: just the reference: {', '.join(OBJECTIVES)}" in text
+    assert f"what is minimised: {', '.join(OBJECTIVES)}" in text
     assert "synthetic world: dialogue, summary, tiny (default dialogue)" in text
     assert "(default 0.03 dpo, ipo; 0.3 pl-dpo; 1.0 kto)" in text  # --beta
     assert "(default 512; 1024 files)" in text  # --vocab-size

@@ -68,7 +68,7 @@ def test_a_run_without_a_step_has_no_curves(finished, pictures, tmp_path):
 
 def test_a_folder_that_holds_no_run_is_an_error_that_names_the_file(tmp_path, pictures):
     pytest.importorskip("matplotlib")
-    with pytest.raises(FileNotFoundError, match="log.jsonl"):
+    with pytest.raises(FileNotFoundError, match="metrics.json"):
         pictures(tmp_path)
 
 

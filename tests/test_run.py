@@ -90,12 +90,6 @@ def test_progress_is_a_line_where_there_is_something_to_say(capsys):
     assert re.fullmatch(r"lire 5/10  loss 0.1250  reward 2.50  kl 1.00  \d+ s left\n", said)
 
 
-def test_a_table_has_its_values_in_columns_from_top_to_bottom(capsys):
-    run.print_table({"a": 1, "b": 0.5, "c": "text", "d": None}, columns=2)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [["a", "1", "c", "text"], ["b", "0.500", "d", "None"]]
-
-
 # ------------------------------------------------------------------------------------ every setting
 
 

@@ -193,5 +193,5 @@ def test_the_log_has_a_row_for_the_first_every_tenth_and_every_evaluated_step(tm
     train.main(small(tmp_path / "run", steps=23, eval_every=8, evolve=2))
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 8, 10, 16, 20, 23]
-    assert [row["evolve"] for row in rows] == [0, 0, 0, 1, 1, 1]  # the second round begins at 13
+    assert [row["round"] for row in rows] == [0, 0, 0, 1, 1, 1]  # the second round begins at 13
     assert [row["learning_rate"] > 0 for row in rows] == [True] * 6
