@@ -10,17 +10,16 @@ made, THE LOOP, and main(config) -> metrics. The machinery around it is in harne
 
 import bisect
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import DataError, make_batch, save_ranks
+from data import make_batch, save_ranks
 from harness.config import (
     Config,
-    ConfigError,
     command_line,
     compares_lists,
     describe_settings,
@@ -32,12 +31,14 @@ from harness.figures import draw
 from harness.pool import (
     Pool,
     World,
+    best_and_worst,
     comparable,
     describe_pool,
     make_world,
     mean_and_deviation,
     normalise,
     own_lists,
+    pool_metrics,
     precision,
     reward_list,
     rng,
@@ -53,11 +54,13 @@ from harness.run import (
     check_folder,
     interruptible,
     load_checkpoint,
+    locked,
     restore,
+    run_script,
     save,
     set_numerics,
 )
-from harness.update import objective_inputs, step_metrics, update
+from harness.update import objective_inputs, step_metrics, update, with_reference
 from model import ValueNetwork, response_logps
 from objectives import OBJECTIVES, total, try_objective
 
@@ -76,6 +79,7 @@ class State:
     round_index: int = -1  # the round that `generated` belongs to
     generated: list | None = None  # responses sampled in it, [[ids, ...], ...] for every prompt
     reward_scale: list | None = None  # mean and deviation of the first pool's rewards
+    pool_metrics: dict | None = None  # how many of the last pool's candidates and rewards differ
 
 
 def new_state(c: Config, world: World, reference: nn.Module) -> State:
@@ -115,7 +119,7 @@ def make_pool(
 
     Sets the state's round, its samples and, with the first pool, the scale of the rewards.
     """
-    began = time.time()
+    needs = OBJECTIVES[c.objective].needs
     # Responses: M samples a prompt from the policy as it is now, in place of the last round's
     # (a run that was resumed inside a round has them already); with --evolve 0 the data's own.
     if c.evolve and state.round_index != round_index:
@@ -134,12 +138,17 @@ def make_pool(
         state.reward_scale = state.reward_scale or mean_and_deviation(rewards)
         lists = [replace(e, rewards=normalise(e.rewards, state.reward_scale)) for e in lists]
 
+    state.pool_metrics = pool_metrics(lists)
+    print(describe_pool(c, world, round_index, lists, state.pool_metrics))
+    if "pairs" in needs:
+        lists = [best_and_worst(e) for e in lists]
+
     # Log-probs under the reference, of each list under its prompt, or in a control under another.
     if c.shuffle_prompts:
         lists = under_other_prompts(lists, rng(c.seed, "shuffle", round_index))
-    ref_logps = score_lists(c, world, reference, lists)
-    lists = [replace(e, ref_logps=logps) for e, logps in zip(lists, ref_logps)]
-    print(f"{describe_pool(c, world, round_index, lists)}, {time.time() - began:.0f} s")
+    if "reference" in needs:
+        ref_logps = score_lists(c, world, reference, lists)
+        lists = [replace(e, ref_logps=logps) for e, logps in zip(lists, ref_logps)]
     return Pool(lists, round_index, c.batch_size, c.seed)
 
 
@@ -198,6 +207,7 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
         if due:
             heldout = quick_evaluation(c, world, state, reference, step)
         if due or step == 1 or step % 10 == 0:
+            x = with_reference(c, world, reference, batch, x)
             row = step_metrics(c, state, x, losses, grad_norms)
             run.log(row | (heldout if due else {}))
         progress.show(step, loss, heldout, line=due)
@@ -212,28 +222,32 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
 
 
 def main(config: Config) -> dict:
-    """One whole run.
+    """One whole run. Returns the metrics, which are also in out/<run>/metrics.json.
 
-    Returns: the metrics, which are also in out/<run>/metrics.json.
-    Raises: ConfigError, DataError with one line for the user, before anything is written, but for a
-    task whose first pool has nothing to learn; FloatingPointError where training left the finite
+    Raises: ConfigError, DataError with one line for the user, before anything is written, but for
+    a task whose first pool has nothing to learn; FloatingPointError where training left the finite
     numbers (the last good checkpoint is kept).
     """
     began = time.time()
     c = resolve(config)
     try_objective(c)
-    out = check_folder(c)
+    check_folder(c)
     set_numerics(c)
-
     # What it learns on: a task or files, tokenised. Files may decide a setting, or teach nothing.
     world = make_world(c)
     if c.data:
         rewards = [reward for e in world.logged for reward in e.rewards[: c.candidates]]
         c = with_settings_of_the_data(c, rewards)
-    key = cache_key(c, world)
+    with locked(Path(c.out)):
+        check_folder(c)
+        return align(c, world, began)
+
+
+def align(c: Config, world: World, began: float) -> dict:
+    """The run in its folder, which is ours alone; as `main`."""
+    out, key = Path(c.out), cache_key(c, world)
     checkpoint = load_checkpoint(c, key)
     print(describe_settings(c))
-    out.mkdir(parents=True, exist_ok=True)
     save(json.dumps(vars(c), indent=1), out / "config.json")
     if world.ranks:
         save_ranks(world.ranks, out / "tokenizer.txt")
@@ -255,14 +269,14 @@ def main(config: Config) -> dict:
             try:
                 train_policy(c, world, state, reference, run)
             except FloatingPointError as e:
-                advice = f"the last good checkpoint is kept in {c.out}; a smaller --lr may help"
-                raise FloatingPointError(f"{e}; {advice}") from None
+                raise FloatingPointError(f"{e}; {run.kept()}") from None
     else:
         run.save(state)
 
     # What has been learnt.
     metrics, answers = evaluate(c, world, state, reference)
     run.lap("evaluate")
+    metrics |= {name.replace("/", "_"): v for name, v in (state.pool_metrics or {}).items()}
     metrics |= run.costs()
     save(json.dumps(metrics, indent=1), out / "metrics.json")
     save(side_by_side(world, answers, 10, 4) + "\n", out / "samples.txt")
@@ -272,11 +286,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal shows something
-    try:
-        main(command_line(description=__doc__))
-    except (ConfigError, DataError, FloatingPointError, OSError) as e:
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt as e:
-        way_on = "python train.py --resume RUN goes on from the last checkpoint, if there is one"
-        sys.exit(f"\ninterrupted: {e or way_on}")
+    run_script("train.py", lambda: main(command_line(description=__doc__)))

@@ -20,20 +20,19 @@ import io
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import frontier
-from data import DataError
 from experiments.cells import FOLDER, folder_of, run_cells, write_results
 from experiments.tables import mean_and_spread
 from harness.config import resolve
 from harness.evaluation import reward_tensor
 from harness.pool import make_world, rng, sample_lists, score_lists, with_responses
 from harness.reference import new_model
+from harness.run import run_script
 from harness.update import finite
 from objectives import OBJECTIVES
 from train import Config, ConfigError
@@ -147,6 +146,7 @@ def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, l
         usable = m["kl"] >= 0.05 and m["effective_sample_size"] >= 20
         m["efficiency"] = best.efficiency if usable else None
         m["efficiency_se"] = best.efficiency_se if usable else None
+        m["beyond"] = best.tau == 0  # it spends more KL than any optimum needs
         resumed = json.loads((alive[row] / "config.json").read_text())["resume"]
         m["seconds"] = None  # where it was resumed, the clock began anew
         if not resumed:
@@ -246,6 +246,7 @@ def table(results: dict) -> str:
         alarms = {
             "failed": sum("failed" in m for m in seeds),
             "collapsed": sum(bool(m.get("collapsed")) for m in seeds),
+            "beyond the optimum's KL": sum(bool(m.get("beyond")) for m in seeds),
         }
         alarm = ", ".join(f"{k} of {len(seeds)} {name}" for name, k in alarms.items() if k)
         lines.append(f"| {row} | " + " | ".join(cells) + f" | {alarm} |")
@@ -388,7 +389,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, help="how many; default 3, of --quick and --grid 1")
     parser.add_argument("--evolve", type=int, help="rounds; 1: everyone on the same pool, offline")
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (0: one a core)")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ConfigError, DataError) as e:
-        sys.exit(f"compare: {e}")
+    run_script("compare", lambda: main(**vars(parser.parse_args())))

@@ -10,17 +10,15 @@ prompts) and writes results/copa.json.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
 import data
-from data import DataError
 from experiments.cells import folder_of, run_cells, write_results
 from harness.evaluation import list_outcome
-from harness.run import save
-from train import Config, ConfigError
+from harness.run import run_script, save
+from train import Config
 
 FOLDS = 5
 COMMON = {"reference_steps": 150, "steps": 60, "lr": 5e-4, "eval_every": 60, "eval_prompts": 16}
@@ -125,8 +123,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("path", help="dev-explained.jsonl of COPA-SSE, or canonical records")
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (0: one a core)")
-    args = parser.parse_args()
-    try:
-        main(args.path, args.jobs)
-    except (ConfigError, DataError) as e:
-        sys.exit(f"copa: {e}")
+    run_script("copa", lambda: main(**vars(parser.parse_args())))

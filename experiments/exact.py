@@ -29,6 +29,7 @@ from harness.config import resolve
 from harness.evaluation import enumerate_responses
 from harness.pool import make_world, reward_list, rng, score_lists
 from harness.reference import train_reference
+from harness.run import run_script
 from harness.update import prompt_values, update
 from model import response_logps
 from train import Config, new_state
@@ -160,5 +161,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--quick", action="store_true", help="one case alone")
     parser.add_argument("--jobs", type=int, default=0, help="cases at a time (0: one a core)")
-    args = parser.parse_args()
-    main(args.quick, args.jobs)
+    run_script("exact", lambda: main(**vars(parser.parse_args())))

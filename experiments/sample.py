@@ -7,16 +7,16 @@ import argparse
 import json
 import pickle
 import random
-import sys
 from pathlib import Path
 
 import torch
 
 import data
-from data import DataError, Example, Task
+from data import Example, Task
 from harness.evaluation import side_by_side
 from harness.pool import World, rng, sample_lists
 from harness.reference import new_model
+from harness.run import reason_of, run_script
 from train import Config, ConfigError
 
 
@@ -55,9 +55,8 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
             saved = torch.load(folder / file, map_location=c.device, weights_only=True)
             model.load_state_dict(saved["policy"] if who == "policy" else saved)
         except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
-            reason = str(e).splitlines()[0][:80]
             raise ConfigError(
-                f"{folder / file} is damaged or of another version ({reason})"
+                f"{folder / file} is damaged or of another version ({reason_of(e)})"
             ) from None
         generator = rng(seed, "sample", device=c.device)
         lists[who] = sample_lists(c, world, model, [example], count, generator, temperature)[0]
@@ -74,7 +73,8 @@ def can_score(task: Task, prompt: str) -> bool:
     return True
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,11 +84,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args()
-    try:
-        if args.n < 1 or not args.temperature > 0:
-            raise ConfigError(
-                f"-n {args.n} --temperature {args.temperature}: both must be positive"
-            )
-        print(answers(args.run, args.prompt, args.n, args.seed, args.temperature))
-    except (ConfigError, DataError) as e:
-        sys.exit(f"sample: {e}")
+    if args.n < 1 or not args.temperature > 0:
+        raise ConfigError(f"-n {args.n} --temperature {args.temperature}: both must be positive")
+    print(answers(args.run, args.prompt, args.n, args.seed, args.temperature))
+
+
+if __name__ == "__main__":
+    run_script("sample", main)

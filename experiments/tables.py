@@ -17,6 +17,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from experiments.cells import run_cells, write_results
+from harness.run import run_script
 from train import Config
 
 LIRE_COLUMNS = """
@@ -173,5 +174,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("name", choices=TABLES)
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (0: one a core)")
-    args = parser.parse_args()
-    main(args.name, args.jobs)
+    run_script("tables", lambda: main(**vars(parser.parse_args())))

@@ -149,6 +149,7 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
         )
+    _check_size(c)
     if c.data and c.evolve:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
@@ -182,20 +183,62 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(c, device=device, out=c.out or c.resume or _free_folder(c))
 
 
+SMALLEST, LARGEST = 1e-9, 1e9  # of any positive number
+MOST_WEIGHTS = 2e9  # of a model
+
+
+def kind_of(f: dataclasses.Field) -> type:
+    """The type of an option's value: int, float, bool, str or list."""
+    kind = f.type
+    if isinstance(kind, types.UnionType):  # float | None
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    return typing.get_origin(kind) or kind
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in a message, cut to 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _check_values(config: Config) -> None:
-    """Each option by itself: among its choices, finite, and not below 0."""
+    """Each option by itself: its type, among its choices, finite, in its range."""
     for f in dataclasses.fields(Config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        if value is None:
+        value, choices, kind = getattr(config, f.name), f.metadata["choices"], kind_of(f)
+        if value is None and f.default is None:
             continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole if kind is int else isinstance(value, kind) or kind is float and whole):
+            raise ConfigError(f"{flag(f.name)} {short(repr(value))}: expected {kind.__name__}")
         if choices and value not in choices:
-            raise ConfigError(f"{flag(f.name)} {value!r}: choose from {', '.join(choices)}")
-        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(
+                f"{flag(f.name)} {short(repr(value))}: choose from {', '.join(choices)}"
+            )
+        if kind not in (int, float):
+            continue
+        if not math.isfinite(value):
             raise ConfigError(f"{flag(f.name)} must be finite, got {value}")
         if f.metadata["positive"] and not value > 0:
-            raise ConfigError(f"{flag(f.name)} must be positive, got {value}")
-        if isinstance(value, (int, float)) and value < 0:
-            raise ConfigError(f"{flag(f.name)} must not be negative, got {value}")
+            raise ConfigError(f"{flag(f.name)} must be positive, got {short(value)}")
+        if value < 0:
+            raise ConfigError(f"{flag(f.name)} must not be negative, got {short(value)}")
+        largest = 2**63 - 1 if f.name == "seed" else LARGEST
+        if value > largest:
+            raise ConfigError(f"{flag(f.name)} must be at most {largest:g}, got {short(value)}")
+        if 0 < value < SMALLEST:
+            raise ConfigError(f"{flag(f.name)} must be at least {SMALLEST:g}, got {value}")
+
+
+def _check_size(c: Config) -> None:
+    """A model that no memory holds is refused before it is made."""
+    positions = c.max_prompt + c.max_response
+    weights = 12 * c.layers * c.width**2 + (c.vocab_size + positions) * c.width
+    if weights > MOST_WEIGHTS:
+        raise ConfigError(
+            f"--layers {c.layers} --width {c.width} --vocab-size {c.vocab_size} --max-prompt "
+            f"{c.max_prompt} --max-response {c.max_response} need {weights:.1e} weights, expected "
+            f"at most {MOST_WEIGHTS:.0e}"
+        )
 
 
 def compares_lists(c: Config) -> str:
@@ -262,17 +305,29 @@ def run_settings(c: Config) -> dict[str, Any]:
     return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
 
 
+FILES = ("data", "eval_data")  # they may move: a checkpoint is held to what is in them
+
+
 def difference(there: dict, here: dict) -> str:
     """What differs between two flat dicts, in words; empty where nothing does."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return ", ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in names)
+    shown = [(k, short(repr(there.get(k))), short(repr(here.get(k)))) for k in names]
+    return ", ".join(f"{name}: {old} there, {new} here" for name, old, new in shown)
 
 
 def read_json(path: str | Path) -> dict | None:
     """The object in a JSON file; None where there is none, or where it is damaged."""
     try:
-        value = json.loads(Path(path).read_text())
+        return read_object(Path(path).read_text())
     except (OSError, ValueError):
+        return None
+
+
+def read_object(text: str) -> dict | None:
+    """The object that a JSON text is; None where it is something else, or damaged."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -291,7 +346,7 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.error = lambda message: sys.exit(f"train.py: {message}; --help lists the options")
+    parser.error = lambda message: sys.exit(f"train.py: {short(message)}; --help lists the options")
     for f in dataclasses.fields(Config):
         parser.add_argument(flag(f.name), help=_help(f).replace("%", "%%"), **_argument(f))
     given = vars(parser.parse_args(argv))
@@ -300,14 +355,12 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
     return _resumed(given) if "resume" in given else Config(**given)
 
 
-def _argument(option: dataclasses.Field) -> dict[str, Any]:
+def _argument(f: dataclasses.Field) -> dict[str, Any]:
     """What argparse has to know of a field."""
-    kind = option.type
-    if isinstance(kind, types.UnionType):  # float | None
-        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    kind = kind_of(f)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is list:
+    if kind is list:
         return {"nargs": "+", "action": "extend", "type": str}
     return {"type": kind}
 
@@ -333,12 +386,12 @@ def _help(option: dataclasses.Field) -> str:
 
 
 def _resumed(given: dict[str, Any]) -> Config:
-    """The Config of the run that is resumed."""
+    """The Config of the run that is resumed; its files may have moved."""
     run = given.pop("resume")
     path = Path(run) / "config.json"
     if not path.exists():
         raise ConfigError(
-            f"--resume {run}: no config.json in it, expected the folder of a run, such as "
+            f"--resume {short(run)}: no config.json in it, expected the folder of a run, such as "
             "out/lire-dialogue-0"
         )
     if not (saved := read_json(path)):
@@ -348,15 +401,21 @@ def _resumed(given: dict[str, Any]) -> Config:
     if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
         raise ConfigError(
             f"--resume {run}: its config.json is of another version (it has "
-            f"{', '.join(sorted(unknown))})"
+            f"{short(', '.join(sorted(unknown)))})"
         )
     if given.get("device") == "auto":
         del given["device"]  # the run has chosen one
     if "out" in given:
         raise ConfigError("--resume goes on in the folder of its run: leave --out away")
+    moved = {name: given.pop(name) for name in FILES if saved.get(name) and name in given}
     if changed := difference({name: saved.get(name) for name in given}, given):
         raise ConfigError(
             f"--resume {run}: that run has another config ({changed}); leave these options out, or "
             "start a new run"
         )
-    return Config(**(saved | {"resume": run, "out": run}))
+    config = Config(**(saved | moved | {"resume": run, "out": run}))
+    try:
+        _check_values(config)
+    except ConfigError as e:
+        raise ConfigError(f"--resume {run}: {path} is damaged ({e})") from None
+    return config

@@ -156,6 +156,7 @@ def optimum_metrics(kls: Tensor, best: frontier.Frontier, enumerated: bool) -> d
         "kl": kl,
         "kl_se": standard_error(kls),
         "optimal_kl": best.optimal_kl,
+        "optimal_tau": best.tau,
         "optimal_reward": best.optimal_reward,
         "optimal_reward_se": best.optimal_reward_se,
         "effective_sample_size": best.effective_sample_size,
@@ -413,9 +414,11 @@ SPLITS = {"held out": "", "new subjects": "ood_", "trained on": "train_"}
 
 def summary(metrics: dict) -> str:
     """The numbers that matter, as a table: of a task a column a split, of a file a row a score."""
+    notes = []
     if "policy_reward" in metrics:
         columns = {name: prefix for name, prefix in SPLITS.items() if f"{prefix}kl" in metrics}
         rows = {name: [metrics[prefix + name] for prefix in columns.values()] for name in SUMMARY}
+        notes = [beyond_the_frontier(name, metrics, prefix) for name, prefix in columns.items()]
     else:
         columns, prefix = ["top1_reward", "pair_accuracy"], "top1_reward_"
         scores = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
@@ -427,4 +430,14 @@ def summary(metrics: dict) -> str:
     for name, values in rows.items():
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"{name:18}" + "".join(f"{value:>15}" for value in shown))
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, notes)])
+
+
+def beyond_the_frontier(split: str, metrics: dict, prefix: str = "") -> str:
+    """What is to be said of an efficiency where no optimum needs as much KL; empty elsewhere."""
+    if metrics[f"{prefix}optimal_tau"] != 0 or metrics[f"{prefix}efficiency"] is None:
+        return ""
+    return (
+        f"{split}: no optimum needs more than {metrics[f'{prefix}optimal_kl']:.2f} nats, so the "
+        "efficiency is against the best at that KL"
+    )

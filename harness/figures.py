@@ -105,7 +105,10 @@ def draw_frontier(ax: Any, picture: dict, log: list[dict], metrics: dict) -> Non
     start = [(0.0, metrics["reference_reward"])]
     ax.plot(*zip(*start + way), "o-", ms=3, alpha=0.6, label="policy, in training")
     ax.plot(metrics["kl"], metrics["policy_reward"], "*", ms=11, label="policy")
-    ax.set(title="reward against KL", xlabel="KL to the reference, nats", xlim=(0, None))
+    xlabel = "KL to the reference, nats"
+    if metrics.get("optimal_tau") == 0:
+        xlabel += f" (no optimum needs more than {metrics['optimal_kl']:.1f})"
+    ax.set(title="reward against KL", xlabel=xlabel, xlim=(0, None))
 
 
 def draw_values(ax: Any, picture: dict) -> None:

@@ -231,6 +231,26 @@ def under_other_prompts(lists: list[Example], generator: torch.Generator) -> lis
     return [dataclasses.replace(e, prompt_ids=lists[i].prompt_ids) for e, i in zip(lists, others)]
 
 
+def best_and_worst(e: Example) -> Example:
+    """The list with the first of its best and the first of its worst responses alone.
+
+    Where all earn the same, it is the first two, which teach nothing.
+    """
+    best = e.rewards.index(max(e.rewards))
+    worst = e.rewards.index(min(e.rewards))
+    pair = [best, worst] if best != worst else [0, 1]
+    return dataclasses.replace(
+        e, response_ids=[e.response_ids[i] for i in pair], rewards=[e.rewards[i] for i in pair]
+    )
+
+
+def pool_metrics(lists: list[Example]) -> dict[str, float]:
+    """The share of different candidates in a list, and of lists that hold a single reward."""
+    distinct = [len(set(map(tuple, e.response_ids))) / len(e.response_ids) for e in lists]
+    tied = [max(e.rewards) == min(e.rewards) for e in lists]
+    return {"lists/distinct": sum(distinct) / len(lists), "lists/tied": sum(tied) / len(lists)}
+
+
 @dataclass
 class Pool:
     """The lists of a round, visited pass after pass, each pass in a random order of its own."""
@@ -271,15 +291,24 @@ def normalise(rewards: Any, scale: list[float] | None) -> Any:
     return (rewards - mean) / deviation
 
 
-def describe_pool(c: Config, world: World, round_index: int, lists: list[Example]) -> str:
-    """The line that says what a round trains on."""
+def describe_pool(
+    c: Config, world: World, round_index: int, lists: list[Example], metrics: dict[str, float]
+) -> str:
+    """The line that says what a round trains on, and a second where most of it teaches nothing."""
     rewards = [reward for e in lists for reward in e.rewards]
     best = sum(max(e.rewards) for e in lists) / len(lists)
     units = "deviations from the first pool's mean"
     if c.reward_norm != "global":
         units = "the task's units" if world.task else "the file's units"
-    return (
-        f"pool {round_index + 1}/{max(c.evolve, 1)}: {len(lists)} lists of "
-        f"{len(rewards) / len(lists):.1f} responses, reward {sum(rewards) / len(rewards):.3f}, "
-        f"best of a list {best:.3f} ({units})"
+    name, tied = f"pool {round_index + 1}/{max(c.evolve, 1)}", metrics["lists/tied"]
+    line = (
+        f"{name}: {len(lists)} lists of {len(rewards) / len(lists):.1f} responses, "
+        f"{metrics['lists/distinct']:.0%} different, {tied:.0%} of the lists tied; reward "
+        f"{sum(rewards) / len(rewards):.3f}, best of a list {best:.3f} ({units})"
     )
+    if tied > 0.5 and compares_lists(c):
+        line += (
+            f"\n{name}: {tied:.0%} of its lists hold a single reward, and so teach nothing; more "
+            "--candidates or a higher --sample-temperature would show differences"
+        )
+    return line

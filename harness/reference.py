@@ -14,7 +14,7 @@ import model as models
 from data import batch_order, make_batch
 from harness.config import Config, ConfigError, flag, read_json
 from harness.pool import World, precision, rng
-from harness.run import Progress, save
+from harness.run import Progress, digest_of, reason_of, remove_parts, save
 from harness.update import update
 
 
@@ -30,15 +30,6 @@ def new_model(c: Config, world: World) -> nn.Module:
         inner = {"head_width": c.width // c.heads, "mlp_width": 2 * c.width}  # as T5 v1.1 small
         config = models.T5Config(enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, **inner, **size)
         return models.T5(config).to(c.device)
-
-
-def digest_of(weights: dict[str, torch.Tensor]) -> str:
-    """sha256 over the names and bytes of a state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        whole = tensor.detach().cpu().contiguous()
-        digest.update(name.encode() + whole.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------- its training
@@ -103,6 +94,7 @@ def get_reference(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = Path(c.out).parent / "reference"
     path = folder / f"{name}.pt"
+    remove_parts(folder)
     if path.exists():
         try:
             model = _read_cached(c, world, path)
@@ -110,8 +102,7 @@ def get_reference(
             return model
         except Exception as e:
             # Damaged files fail in many ways, and all of them mean: train it again.
-            reason = str(e).splitlines()[0][:80]
-            print(f"reference: {path} is damaged ({reason}), training it again")
+            print(f"reference: {path} is damaged ({reason_of(e)}), training it again")
     elif others := list(filter(None, map(read_json, sorted(folder.glob("*.json"))))):
         changed = min(([k for k in key if other.get(k) != key[k]] for other in others), key=len)
         print(f"reference: none cached for this; the nearest one differs in {', '.join(changed)}")

@@ -1,34 +1,76 @@
 """The folder of a run: files never half written, checkpoints, the log, progress, Ctrl-C."""
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.config import Config, ConfigError, difference, run_settings
+from data import DataError
+from harness.config import FILES, Config, ConfigError, difference, read_object, run_settings
 from objectives import OBJECTIVES
 
 
 def save(content: Any, path: str | Path) -> None:
-    """Write text, or what torch.save takes, so that a reader finds the old file or the new one."""
+    """Write text, or what torch.save takes, so that a reader finds the old file or the new one.
+
+    Raises: OSError where it can't be written, such as on a full disk; the old file is kept.
+    """
     path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode("utf-8", "replace"))
-        else:
-            torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode("utf-8", "replace"))
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save tells of a full disk by a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({reason_of(e)})") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, cut to 80 characters, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), "")[:80] or type(error).__name__
+
+
+def digest_of(content: Any) -> str:
+    """sha256 over all names, numbers and tensors of nested dicts and lists."""
+    digest, nested = hashlib.sha256(), (list, dict, torch.Tensor)
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            whole = value.detach().cpu().contiguous()
+            digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
+            digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                digest.update(f"{name!r}:".encode())
+                add(item)
+        elif isinstance(value, list) and any(isinstance(item, nested) for item in value):
+            for item in value:
+                add(item)
+            digest.update(f"{len(value)}".encode())
+        else:  # a plain value, or a list of token ids
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------- the folder
 
 
 def check_folder(c: Config) -> Path:
@@ -46,6 +88,37 @@ def check_folder(c: Config) -> Path:
     return out
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what processes that are dead now left half written."""
+    for part in folder.glob("*.part"):
+        process = part.name.split(".")[-2]
+        try:
+            os.kill(int(process), 0)  # asks whether it lives
+        except (ValueError, ProcessLookupError):
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass  # it lives, and is somebody else's
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, which is made; the lock dies with its process.
+
+    Raises: ConfigError where another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder} is in use: another process is running in it; wait for it, or choose "
+                "another --out"
+            ) from None
+        remove_parts(folder)
+        yield
+
+
 def set_numerics(c: Config) -> None:
     """Plain float32 products, and on a CPU no subnormal numbers.
 
@@ -59,7 +132,7 @@ def set_numerics(c: Config) -> None:
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-PLAIN = ("reference", "step", "round_index", "generated", "reward_scale")  # fields of a State
+PLAIN = "reference step round_index generated reward_scale pool_metrics".split()  # of a State
 
 
 def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
@@ -75,30 +148,42 @@ def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
         return None
     try:
         checkpoint = torch.load(path, map_location=c.device, weights_only=True)
+        if checkpoint.pop("digest") != digest_of(checkpoint):
+            raise ValueError("its content does not match its digest")
+        if not 0 <= checkpoint["step"] <= c.steps:
+            raise ValueError(f"it is of step {checkpoint['step']}, the run has {c.steps}")
+        there, old_key = checkpoint["config"], checkpoint["key"]
     except Exception as e:  # damaged files fail in many ways
-        reason = str(e).splitlines()[0][:80]
-        raise ConfigError(f"--resume {c.resume}: {path} is damaged ({reason})") from None
-    if changed := difference(checkpoint["config"], run_settings(c)):
+        raise ConfigError(f"--resume {c.resume}: {path} is damaged ({reason_of(e)})") from None
+    here = run_settings(c)
+    there, here = ({k: v for k, v in d.items() if k not in FILES} for d in (there, here))
+    if changed := difference(there, here):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({changed})")
-    if checkpoint["key"]["texts"] != key["texts"]:
+    if old_key["texts"] != key["texts"]:
         raise ConfigError(
             f"--resume {c.resume}: its data have changed since the checkpoint was written"
         )
-    if changed := difference(checkpoint["key"], key):
+    if changed := difference(old_key, key):
         print(f"note: the run goes on, but not bit by bit as it would have ({changed})")
     print(f"going on from step {checkpoint['step']} of {c.steps}")
     return checkpoint
 
 
 def restore(state: Any, checkpoint: dict) -> None:
-    """Put a checkpoint into a train.State."""
-    for name in PLAIN:
-        setattr(state, name, checkpoint[name])
-    state.policy.load_state_dict(checkpoint["policy"])
-    if state.value:
-        state.value.load_state_dict(checkpoint["value"])
-    if state.step:
-        state.optimizer.load_state_dict(checkpoint["optimizer"])
+    """Put a checkpoint into a train.State.
+
+    Raises: ConfigError where it does not fit.
+    """
+    try:
+        for name in PLAIN:
+            setattr(state, name, checkpoint[name])
+        state.policy.load_state_dict(checkpoint["policy"])
+        if state.value:
+            state.value.load_state_dict(checkpoint["value"])
+        if state.step:
+            state.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise ConfigError(f"the checkpoint does not fit this run ({reason_of(e)})") from None
 
 
 # ------------------------------------------------------------------------------------ while it runs
@@ -130,10 +215,19 @@ class Run:
 
     def start_log(self, step: int) -> None:
         """Keep the rows of log.jsonl up to `step`: a resumed run writes the later ones anew."""
-        path = self.log_path
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
-        save("".join(line for line in whole if json.loads(line)["step"] <= step), path)
+        path, kept, damaged = self.log_path, [], 0
+        lines = []
+        if step and path.exists():
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            row = read_object(line)
+            if row is None or not isinstance(row.get("step"), int) or not line.endswith("\n"):
+                damaged += number < len(lines)  # a kill may leave half of the last line
+            elif row["step"] <= step:
+                kept.append(line)
+        if damaged:
+            print(f"{path}: {damaged} damaged lines are left out")
+        save("".join(kept), path)
 
     def log(self, row: dict) -> None:
         """Write a row of log.jsonl."""
@@ -151,7 +245,16 @@ class Run:
         if state.value:
             checkpoint["value"] = state.value.state_dict()
         checkpoint |= {"config": run_settings(self.c), "key": self.key}
+        checkpoint["digest"] = digest_of(checkpoint)
         save(checkpoint, Path(self.c.out) / "checkpoint.pt")
+
+    def kept(self) -> str:
+        """What a run that goes wrong leaves behind, in words."""
+        if (Path(self.c.out) / "checkpoint.pt").exists():
+            kept = f"the last good checkpoint is kept in {self.c.out}"
+        else:
+            kept = "it came before the first checkpoint"
+        return f"{kept}; where loss or grad_norm grew before in log.jsonl, a smaller --lr helps"
 
 
 class Progress:
@@ -203,3 +306,24 @@ def interruptible() -> Iterator[list]:
         yield asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# --------------------------------------------------------------------------------------- a script
+
+
+def run_script(name: str, script: Callable[[], Any]) -> None:
+    """Call a script's work; what the user can mend ends it with one line, not with a traceback."""
+    if sys.stdout is None:  # closed by whoever started it
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal shows something
+    try:
+        script()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ConfigError, DataError, FloatingPointError, OSError) as e:
+        sys.exit(f"{name}: {e}")
+    except KeyboardInterrupt as e:
+        way_on = "python train.py --resume RUN goes on from the last checkpoint, if there is one"
+        sys.exit(f"\ninterrupted: {e or way_on}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from harness.config import Config
-from harness.pool import World
+from harness.pool import World, precision
 from model import ValueNetwork, response_logps
 from objectives import OBJECTIVES, Inputs, Losses, common_metrics, total
 
@@ -27,14 +27,15 @@ def update(
 
     Args: step: the first is 1.
     Returns: the groups' gradient norms before clipping.
-    Raises: FloatingPointError where one is not finite; nothing is changed then.
+    Raises: FloatingPointError where one, or the loss, is not finite; nothing is changed then.
     """
     optimizer.zero_grad()
     loss.backward()
     groups = optimizer.param_groups
     norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
-    if not all(map(math.isfinite, norms)):
-        raise FloatingPointError(f"step {step}: loss is {loss.item()}, gradient norm {norms[0]}")
+    if not all(map(math.isfinite, [loss.item(), *norms])):
+        shown = " and ".join(f"{norm:g}" for norm in norms)
+        raise FloatingPointError(f"step {step}: loss is {loss.item():g}, gradient norm {shown}")
     for group in groups:
         group["lr"] = lr_at(step - 1, steps, group["peak"])
     optimizer.step()
@@ -78,6 +79,17 @@ def mismatched_logps(
 
 
 @torch.no_grad()
+def with_reference(
+    c: Config, world: World, reference: nn.Module, batch: Batch, x: Inputs
+) -> Inputs:
+    """x with reference log-probs, which the log shows, where the objective does without them."""
+    if x.ref_logps is not None:
+        return x
+    with precision(c):
+        return x._replace(ref_logps=response_logps(reference, batch, world.allowed))
+
+
+@torch.no_grad()
 def step_metrics(
     c: Config, state: Any, x: Inputs, losses: Losses, grad_norms: list[float]
 ) -> dict[str, float | None]:
@@ -88,7 +100,8 @@ def step_metrics(
         row["value/grad_norm"] = grad_norms[1]
     own = OBJECTIVES[c.objective].metrics(c, x)
     tensors = {**losses, **common_metrics(c, x), **own}
-    return row | finite({name: values.mean().item() for name, values in tensors.items()})
+    row |= {name: values.mean().item() for name, values in tensors.items()}
+    return finite(row | state.pool_metrics)
 
 
 def finite(metrics: dict) -> dict:
