@@ -9,7 +9,10 @@ and rewards r_j:
 
 No reference model, no pairs, no KL term. Plain functions of tensors: [B, M] is B prompts with M
 candidates each, `mask` is True where a candidate is real, and what stands in the other slots (nan
-included) changes nothing. Algorithm 1's rounds of sampling are the loop of train.py.
+included) changes nothing. A list without candidates gives 0, with gradient 0. No gradient reaches
+rewards or lengths. Half precision is computed in float32, which can't bring back the nats that a
+log-probability lost if its tokens were summed in half precision. Algorithm 1's rounds of sampling
+are the loop of train.py.
 """
 
 import torch
@@ -32,12 +35,19 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Over each list's real candidates; 0 elsewhere, also where a list has none."""
+    # A row of -inf alone would give nan, in the gradient too.
+    padding = torch.where(mask.any(-1, keepdim=True), -torch.inf, 0.0)  # [B, 1]
+    return torch.where(mask, scores, padding).softmax(-1).masked_fill(~mask, 0.0)
+
+
 def candidate_probs(logps: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """P = softmax(logps / temperature) of a list's real candidates (Eq. 4, arXiv 2405.13516).
 
     Args: logps [B, M] in nats; mask [B, M] bool; temperature > 0, large values flatten P.
-    Returns: [B, M], 0 where mask is False; each row sums to 1.
-    Raises: ValueError on other shapes or temperature <= 0.
+    Returns: [B, M], 0 where mask is False; each row sums to 1, or to 0 if nothing in it is real.
+    Raises: ValueError on other shapes, a mask that is not bool, temperature <= 0 or nan.
     Differs from the paper: nothing. The released code fixes temperature = 2.
 
     >>> mask = torch.tensor([[True, True]])
@@ -47,7 +57,7 @@ def candidate_probs(logps: Tensor, mask: Tensor, temperature: float) -> Tensor:
     _check(mask, logps)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return (_float(logps) / temperature).masked_fill(~mask, -torch.inf).softmax(-1)
+    return _softmax(_float(logps) / temperature, mask)
 
 
 def transform_rewards(rewards: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -57,8 +67,8 @@ def transform_rewards(rewards: Tensor, mask: Tensor, how: str) -> Tensor:
         "softmax": over the list, temperature 1;
         "zscore": minus the list's mean, over its standard deviation; all 0 where that is 0;
         "none": as they come.
-    Returns: [B, M], 0 where mask is False.
-    Raises: ValueError on other shapes or another `how`.
+    Returns: [B, M], 0 where mask is False; without gradient.
+    Raises: ValueError on other shapes, a mask that is not bool or another `how`.
     Differs from the paper: it uses rewards as they come ("none"); the released code applies
         "softmax" and does not say so.
 
@@ -67,33 +77,36 @@ def transform_rewards(rewards: Tensor, mask: Tensor, how: str) -> Tensor:
     tensor([[-1.,  1.,  0.]])
     """
     _check(mask, rewards)
-    rewards = _float(rewards)
-    if how == "softmax":
-        return rewards.masked_fill(~mask, -torch.inf).softmax(-1)
-    rewards = torch.where(mask, rewards, 0.0)
-    if how == "zscore":
-        count = mask.sum(-1, keepdim=True)
-        centred = torch.where(mask, rewards - rewards.sum(-1, keepdim=True) / count, 0.0)
-        deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-        # Rounding leaves equal rewards a tiny deviation, so the rewards themselves are compared.
-        top = rewards.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-        bottom = rewards.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
-        return torch.where(top > bottom, centred / deviation.clamp_min(1e-30), 0.0)
-    if how != "none":
+    if how not in ("softmax", "zscore", "none"):
         raise ValueError(f'how must be "softmax", "zscore" or "none", got {how!r}')
-    return rewards
+    rewards = _float(rewards.detach())
+    if how == "softmax":
+        return _softmax(rewards, mask)
+    rewards = torch.where(mask, rewards, 0.0)
+    if how == "none" or mask.shape[-1] == 0:  # no largest of an empty row
+        return rewards
+    count = mask.sum(-1, keepdim=True).clamp_min(1)  # [B, 1]
+    centred = torch.where(mask, rewards - rewards.sum(-1, keepdim=True) / count, 0.0)
+    # Squares overflow above 1e19 and lose their digits below 1e-19; the largest is 1 here.
+    centred = centred / centred.abs().amax(-1, keepdim=True)
+    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    # Rounding leaves equal rewards a tiny deviation, so the rewards themselves are compared.
+    top = rewards.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    bottom = rewards.masked_fill(~mask, torch.inf).amin(-1, keepdim=True)
+    return torch.where(top > bottom, centred / deviation, 0.0)
 
 
 def lire_loss(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """The list's expected reward, negated: -sum_j P_j R_j (Eq. 5, arXiv 2405.13516).
 
     Args: logps [B, M] with gradient, sums over tokens (or means: divide by the lengths first);
-        rewards [B, M], used as given; mask [B, M] bool; temperature > 0.
+        rewards [B, M], used as given, without gradient; mask [B, M] bool; temperature > 0.
     Returns: [B], in units of the reward; take the mean over prompts.
-    Raises: ValueError on other shapes.
+    Raises: ValueError on other shapes, a mask that is not bool, temperature <= 0 or nan.
     Differs from the paper: nothing; pass `transform_rewards(..., "softmax")` for the released
-        code's rewards. The same author's later code also divides by M, which only rescales the
-        learning rate.
+        code's rewards. The same author's later code also divides by M. With one M for all lists,
+        no second term and plain SGD that rescales the learning rate. Ragged lists then weigh
+        differently, an SFT term beside the loss weighs M times more, and Adam undoes the division.
 
     >>> mask = torch.tensor([[True, True]])
     >>> logps, rewards = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
@@ -101,7 +114,8 @@ def lire_loss(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) 
     tensor([-0.5000])
     """
     _check(mask, logps, rewards)
-    return -(candidate_probs(logps, mask, temperature) * torch.where(mask, rewards, 0.0)).sum(-1)
+    rewards = torch.where(mask, rewards.detach(), 0.0)
+    return -(candidate_probs(logps, mask, temperature) * rewards).sum(-1)
 
 
 def lire_grad(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -115,7 +129,7 @@ def lire_grad(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) 
 
     Args, Raises: as `lire_loss`.
     Returns: [B, M].
-    Differs from the paper: derived here, not printed in the paper.
+    Differs from the paper: derived here.
 
     >>> mask = torch.tensor([[True, True]])
     >>> lire_grad(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]), mask, 2.0)
@@ -123,7 +137,7 @@ def lire_grad(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) 
     """
     _check(mask, logps, rewards)
     P = candidate_probs(logps, mask, temperature)
-    R = torch.where(mask, rewards, 0.0)
+    R = torch.where(mask, rewards.detach(), 0.0)
     return -P * (R - (P * R).sum(-1, keepdim=True)) / temperature
 
 
@@ -133,17 +147,21 @@ def sft_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> T
     Added to LIRE with a small weight it is an anchor: loss + sft_weight * sft_loss.
 
     Args: logps [B, M] sums over tokens; lengths [B, M] tokens, EOS included; rewards [B, M];
-        mask [B, M] bool.
-    Returns: [B], nats per token.
-    Raises: ValueError on other shapes.
-    Differs from the paper: the released code (where it is commented out) divides by the padded
-        length.
+        mask [B, M] bool. Lengths and rewards get no gradient.
+    Returns: [B], nats per token; 0 for a list without candidates.
+    Raises: ValueError on other shapes or a mask that is not bool.
+    Differs from the paper: the released code (where it is commented out) takes an average that
+        counts the prompt's positions too.
 
     >>> logps, lengths = torch.tensor([[-6.0, -4.0]]), torch.tensor([[3, 4]])
     >>> sft_loss(logps, lengths, torch.tensor([[0.0, 1.0]]), torch.tensor([[True, True]]))
     tensor([1.])
     """
     _check(mask, logps, lengths, rewards)
+    logps = torch.where(mask, _float(logps), 0.0)
+    if mask.shape[-1] == 0:  # no best of an empty row
+        return logps.sum(-1)
+    lengths = torch.where(mask, lengths.detach(), 1)
     scores = _float(rewards).masked_fill(~mask, -torch.inf)
     best = scores.argmax(-1, keepdim=True)  # [B, 1], the first at a tie
-    return -(_float(logps).gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)
+    return -(logps.gather(-1, best) / lengths.gather(-1, best)).squeeze(-1)

@@ -1,5 +1,7 @@
 """What several test files need: comparison, gradients, and a small problem to solve."""
 
+import inspect
+
 import torch
 
 import dro
@@ -25,6 +27,30 @@ def gradients(function, *inputs):
 def gradient(loss, logps, *rest):
     """d loss / d logps, summed over the outputs; the other arguments are constants."""
     return gradients(lambda x: loss(x, *rest), logps)[0]
+
+
+def public(module):
+    """Names of the functions that a file defines for others."""
+    named = inspect.getmembers(module, inspect.isfunction)
+    return {name for name, f in named if f.__module__ == module.__name__ and name[0] != "_"}
+
+
+def check_constants(function, learned, **inputs):
+    """Only the inputs named in `learned` get a gradient: the one that they get beside constants."""
+    leaves = lambda chosen: {
+        name: x.detach().clone().requires_grad_(name in chosen) for name, x in inputs.items()
+    }
+    alone, every = leaves(learned), leaves([k for k, x in inputs.items() if x.is_floating_point()])
+    expected, value = function(**alone), function(**every)
+    assert torch.equal(value, expected) and value.requires_grad == bool(learned)
+    if learned:
+        expected.square().sum().backward(), value.square().sum().backward()
+    for name in inputs:
+        if name in learned:
+            assert every[name].grad.abs().sum() > 0, name
+            assert torch.equal(every[name].grad, alone[name].grad), name
+        else:
+            assert every[name].grad is None, name
 
 
 def tensors(ref=REF, rewards=REWARDS):

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import close, gradient
+from helpers import check_constants, close, gradient, public
 
 import lire
 
@@ -41,6 +41,26 @@ def judged(formula, mask, *tensors):
     out = torch.zeros(mask.shape, dtype=torch.float64)
     out[mask] = torch.cat(lists)
     return out
+
+
+# Every function of the file, of one list of arguments.
+CALLS = {
+    "candidate_probs": lambda logps, lengths, rewards, mask: lire.candidate_probs(logps, mask, T),
+    "softmax": lambda logps, lengths, rewards, mask: lire.transform_rewards(
+        rewards, mask, "softmax"
+    ),
+    "zscore": lambda logps, lengths, rewards, mask: lire.transform_rewards(rewards, mask, "zscore"),
+    "none": lambda logps, lengths, rewards, mask: lire.transform_rewards(rewards, mask, "none"),
+    "lire_loss": lambda logps, lengths, rewards, mask: lire.lire_loss(logps, rewards, mask, T),
+    "lire_grad": lambda logps, lengths, rewards, mask: lire.lire_grad(logps, rewards, mask, T),
+    "sft_loss": lire.sft_loss,
+}
+TRANSFORMS = ("softmax", "zscore", "none")
+LEARNED = {name: [] if name in TRANSFORMS else ["logps"] for name in CALLS}
+
+
+def test_every_function_of_the_file_is_called():
+    assert public(lire) == set(CALLS) - set(TRANSFORMS) | {"transform_rewards"}
 
 
 def slopes(logps, R):
@@ -240,6 +260,54 @@ def test_padded_slots_of_the_sft_term_may_hold_anything(poison):
     assert (gradient(lire.sft_loss, logps, lengths, rewards, mask)[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("poison", (0.0, *POISON))
+@pytest.mark.parametrize("name", CALLS)
+def test_a_list_without_candidates_gives_0_and_leaves_the_others_their_bits(name, poison):
+    logps, rewards, mask = make_lists(padding=poison)
+    lengths = torch.arange(2.0, 37.0).view(5, 7).masked_fill(~mask, poison)
+    some = torch.tensor([False, True, True, False, True, True, True])  # lists 0 and 3 are empty
+
+    def spread(x, fill):
+        return torch.full((7, 7), fill, dtype=x.dtype).masked_scatter(some[:, None], x)
+
+    whole = [spread(x, poison) for x in (logps, lengths, rewards)] + [spread(mask, False)]
+    alone = CALLS[name](logps, lengths, rewards, mask)
+    out = CALLS[name](*whole)
+    assert torch.equal(out[some], alone) and not out[~some].any()
+    assert not CALLS[name](*(x[~some] for x in whole)).any()  # no list has a candidate
+    if LEARNED[name]:
+        squares = lambda *args: CALLS[name](*args).square()
+        with torch.autograd.set_detect_anomaly(True):  # refuses nan in every step backward
+            slope = gradient(squares, *whole)
+        assert torch.equal(slope[some], gradient(squares, logps, lengths, rewards, mask))
+        assert not slope[~some].any()
+
+
+@pytest.mark.parametrize("B, M", [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_candidates_or_no_lists_give_0_or_nothing(name, B, M):
+    shape = (B,) if name.endswith("loss") else (B, M)
+    inputs = torch.zeros(B, M), torch.ones(B, M), torch.zeros(B, M), torch.zeros(B, M).bool()
+    assert torch.equal(CALLS[name](*inputs), torch.zeros(shape))
+    if LEARNED[name]:
+        assert gradient(CALLS[name], *inputs).shape == (B, M)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_gradient_reaches_rewards_and_lengths(name):
+    logps, rewards, mask = make_lists()
+    inputs = dict(logps=logps, lengths=7 - logps, rewards=rewards, mask=mask)
+    check_constants(CALLS[name], LEARNED[name], **inputs)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mask_that_is_not_bool_is_refused(name):
+    logps, rewards, mask = make_lists()
+    for wrong in (mask.float(), mask.long()):
+        with pytest.raises(ValueError, match="bool mask"):
+            CALLS[name](logps, 7 - logps, rewards, wrong)
+
+
 def test_a_ragged_list_scores_as_it_does_alone():
     logps, rewards, mask = make_lists()
     for i, M in enumerate(LENGTHS_OF_LISTS):
@@ -272,9 +340,13 @@ def test_shapes_that_would_broadcast_are_refused():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_temperature_must_be_positive(temperature):
-    with pytest.raises(ValueError, match="temperature"):
-        lire.lire_loss(*make_lists(), temperature)
+@pytest.mark.parametrize("function", [lire.lire_loss, lire.lire_grad])
+def test_temperature_must_be_positive(function, temperature):
+    logps, rewards, mask = make_lists()
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        function(logps, rewards, mask, temperature)
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        lire.candidate_probs(logps, mask, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -323,6 +395,24 @@ def test_zscored_rewards_have_mean_0_and_deviation_1_and_keep_their_order():
 def test_zscore_of_equal_rewards_is_0(value, M):
     rewards, mask = torch.full((1, M), value), torch.ones(1, M, dtype=torch.bool)
     close(lire.transform_rewards(rewards, mask, "zscore"), torch.zeros(1, M))
+
+
+@pytest.mark.parametrize("exponent", range(-30, 31, 5))
+def test_zscores_are_the_same_at_every_scale(exponent):
+    """In float32, where squares overflow above 1e19 and vanish below 1e-22."""
+    lists = [
+        [1.0, 4.0, 7.0, -2.0, 0.5],
+        [1.0, 2.0, 3.0, 5.0, 1e6],  # one far away
+        [-3.0, -3.0, -3.0, 1e-3, -3.0],
+        [0.7] * 5,
+        [7.0],
+    ]
+    mask = torch.arange(5) < torch.tensor([len(row) for row in lists])[:, None]
+    rows = torch.tensor([row + [math.nan] * (5 - len(row)) for row in lists], dtype=torch.float64)
+    rewards = (rows * 10.0**exponent).float()
+    judge = lambda rewards: oracle.transform_rewards(rewards, "zscore")
+    expected = judged(judge, mask, rewards.double())
+    close(lire.transform_rewards(rewards, mask, "zscore"), expected, 1e-6)
 
 
 def test_softmax_rewards_ignore_a_shift_and_survive_large_numbers():
@@ -437,7 +527,9 @@ WRONG = {
     "rewards softmaxed unasked": lambda logps, R, mask, T: (
         -(softmax(logps / T, mask) * softmax(R, mask)).sum(-1)
     ),
-    "rewards and scores exchanged": lambda logps, R, mask, T: lire.lire_loss(R, logps, mask, T),
+    "rewards and scores exchanged": lambda logps, R, mask, T: (
+        -(softmax(R / T, mask) * logps).sum(-1)
+    ),
     "rewards of the next list": lambda logps, R, mask, T: lire.lire_loss(
         logps, R.roll(1, 0), mask, T
     ),
