@@ -7,7 +7,9 @@
 So r - V* - tau log pi*/pi_ref = 0 for every response. DRO learns policy and value by making that
 residual small on responses from anywhere, one reward each (Eq. 4). No pairs, no samples from the
 policy. DRO is not "distributionally robust optimisation". Losses take flat tensors [N], one element
-a response. frontier.py finds the pi* of a given KL, and says how near to it a policy is.
+a response; no gradient of theirs reaches ref_logps or rewards. They compute half precision in
+float32, which can't bring back the nats that a log-probability lost if its tokens were summed in
+half precision. frontier.py finds the pi* of a given KL, and says how near to it a policy is.
 """
 
 import torch
@@ -42,9 +44,9 @@ def dro_loss(
     pi_ref can say).
 
     Args: logps, ref_logps [N], sums over tokens, nats; rewards [N]; values [N], V(x) of each
-        response's prompt; tau > 0.
+        response's prompt; tau > 0. Only logps and values get a gradient.
     Returns: [N], squared units of the reward.
-    Raises: ValueError on other shapes or tau <= 0.
+    Raises: ValueError on other shapes, tau <= 0 or nan.
     Differs from the paper: nothing.
 
     >>> logps, ref_logps = torch.tensor([-3.0]), torch.tensor([-3.5])
@@ -52,6 +54,7 @@ def dro_loss(
     >>> dro_loss(logps, ref_logps, rewards, values, 0.5)  # residual 1 - 0.2 - 0.5 x 0.5 = 0.55
     tensor([0.1513])
     """
+    ref_logps, rewards = ref_logps.detach(), rewards.detach()
     logps, ref_logps, rewards, values = _flat(tau, logps, ref_logps, rewards, values)
     return 0.5 * (rewards - values - tau * (logps - ref_logps)).square()
 
@@ -79,6 +82,7 @@ def dro_v_losses(
     >>> dro_v_losses(logps, ref_logps, rewards, values, 0.5)
     (tensor([2.4625]), tensor([0.1513]))
     """
+    ref_logps, rewards = ref_logps.detach(), rewards.detach()
     logps, ref_logps, rewards, values = _flat(tau, logps, ref_logps, rewards, values)
     ratios = logps - ref_logps
     policy = -logps * (rewards - values.detach()) + tau / 2 * ratios.square()
@@ -93,8 +97,8 @@ def dro_p_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, tau: float) ->
     The variance mixes prompts, so the optimum is pi* only if V* is the same for all of them; else
     it is biased.
 
-    Args, Raises: as `dro_loss`.
-    Returns: a scalar (the biased variance; 0 for one response).
+    Args, Raises: as `dro_loss`, without values.
+    Returns: a scalar (half the biased variance; 0 for one response or none).
     Differs from the paper: the printed update lacks the centring of r and has tau for tau/2; its
         two-sample loss needs 1/4.
 
@@ -103,8 +107,9 @@ def dro_p_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, tau: float) ->
     >>> dro_p_loss(logps, ref_logps, rewards, 0.5)  # r - tau l = 0.75, -0.1: 1/2 x 0.425^2
     tensor(0.0903)
     """
-    logps, ref_logps, rewards = _flat(tau, logps, ref_logps, rewards)
-    return 0.5 * (rewards - tau * (logps - ref_logps)).var(correction=0)
+    logps, ref_logps, rewards = _flat(tau, logps, ref_logps.detach(), rewards.detach())
+    residuals = rewards - tau * (logps - ref_logps)
+    return 0.5 * residuals.var(correction=0) if len(residuals) else residuals.sum()
 
 
 # ------------------------------------------------------------------------------------------ optimum
@@ -118,7 +123,7 @@ def optimal_value(ref_logps: Tensor, rewards: Tensor, tau: float) -> Tensor:
     Args: ref_logps [B, M], log-probabilities that sum to 1 over the set; rewards [B, M]; tau > 0,
         in units of the reward.
     Returns: [B], in units of the reward.
-    Raises: ValueError on other shapes or tau <= 0.
+    Raises: ValueError on other shapes, no response (M = 0), tau <= 0 or nan.
     Differs from the paper: nothing.
 
     >>> ref_logps = torch.tensor([[0.5, 0.3, 0.2]]).log()
@@ -128,6 +133,8 @@ def optimal_value(ref_logps: Tensor, rewards: Tensor, tau: float) -> Tensor:
     _check(ref_logps, rewards)
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
+    if ref_logps.shape[-1] == 0:
+        raise ValueError(f"expected at least one response, got {tuple(ref_logps.shape)}")
     return tau * (ref_logps + rewards / tau).logsumexp(-1)
 
 

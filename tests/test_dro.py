@@ -5,7 +5,17 @@ import math
 import oracle
 import pytest
 import torch
-from helpers import REF, REWARDS, close, gradients, problem, tensors
+from helpers import (
+    REF,
+    REWARDS,
+    check_constants,
+    close,
+    gradient,
+    gradients,
+    problem,
+    public,
+    tensors,
+)
 
 import dro
 
@@ -106,8 +116,21 @@ def test_shapes_that_would_broadcast_and_impossible_tau_are_refused():
             with pytest.raises(ValueError, match="one shape"):
                 call(wrong)
     for tau in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="tau"):
-            dro.optimal_value(ref_logps, rewards, tau)
+        for function in (dro.optimal_value, dro.optimal_logps):
+            with pytest.raises(ValueError, match="tau must be positive"):
+                function(ref_logps, rewards, tau)
+
+
+@pytest.mark.parametrize("B, M", [(2, 0), (0, 3), (0, 0)])
+def test_an_empty_set_of_responses_has_no_optimum_and_no_prompts_have_none(B, M):
+    empty = torch.zeros(B, M)
+    assert torch.equal(dro.kl_divergence(empty, empty), torch.zeros(B))
+    for function, shape in ((dro.optimal_value, (B,)), (dro.optimal_logps, (B, M))):
+        if M:
+            assert function(empty, empty, 1.0).shape == shape
+        else:
+            with pytest.raises(ValueError, match="at least one response"):
+                function(empty, empty, 1.0)
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -119,6 +142,25 @@ def flat(*rows, dtype=torch.float64):
 
 # logps, ref_logps, rewards, values
 BATCH = flat((-3.0, -5.0), (-3.5, -4.2), (1.0, -0.5), (0.2, 0.1))
+
+
+# One side of a loss each: what it teaches, and the call.
+LOSSES = {
+    "dro_loss": (["logps", "values"], dro.dro_loss),
+    "dro_v_losses, policy": (["logps"], lambda *args: dro.dro_v_losses(*args)[0]),
+    "dro_v_losses, value": (["values"], lambda *args: dro.dro_v_losses(*args)[1]),
+    "dro_p_loss": (
+        ["logps"],
+        lambda logps, ref_logps, rewards, values, tau: dro.dro_p_loss(
+            logps, ref_logps, rewards, tau
+        ),
+    ),
+}
+
+
+def test_every_function_of_the_file_is_called():
+    optimum = {"optimal_value", "optimal_logps", "kl_divergence"}
+    assert public(dro) == {name.partition(",")[0] for name in LOSSES} | optimum
 
 
 def random_batch(N=7, seed=0):
@@ -166,6 +208,25 @@ def test_losses_equal_the_oracle_and_finite_differences(tau):
 
     spread = oracle.finite_differences(judge_p, logps.numpy())
     close(gradients(lambda x: dro.dro_p_loss(x, ref, rewards, tau), logps)[0], spread, 1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_gradient_reaches_reference_and_rewards(name):
+    learned, loss = LOSSES[name]
+    call = lambda logps, ref_logps, rewards, values: loss(logps, ref_logps, rewards, values, 0.5)
+    names = "logps", "ref_logps", "rewards", "values"
+    check_constants(call, learned, **dict(zip(names, random_batch())))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_responses_give_nothing_or_0(name):
+    empty = [torch.zeros(0) for _ in range(4)]
+    learned, loss = LOSSES[name]
+    shape = () if name == "dro_p_loss" else (0,)
+    assert torch.equal(loss(*empty, 0.5), torch.zeros(shape))
+    if "logps" in learned:
+        assert gradient(loss, *empty, 0.5).shape == (0,)
 
 
 def test_each_side_is_blind_to_the_other():
@@ -257,6 +318,8 @@ def test_losses_refuse_shapes_that_would_broadcast_and_impossible_tau():
     for tau in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="tau must be positive"):
             dro.dro_loss(s, ref, r, V, tau)
+        with pytest.raises(ValueError, match="tau must be positive"):
+            dro.dro_v_losses(s, ref, r, V, tau)
         with pytest.raises(ValueError, match="tau must be positive"):
             dro.dro_p_loss(s, ref, r, tau)
 
