@@ -5,7 +5,9 @@
     single [N]       kto_loss                                   desirable or not
 
 RRHF, SLiC and PRO add the likelihood of the best response: lire.sft_loss, weighed where the losses
-are put together.
+are put together. A list without candidates gives 0. Gradients reach logps alone: they stop at the
+reference, rewards and lengths. Half precision is computed in float32, which can't bring back the
+nats that a log-probability lost if its tokens were summed in half precision.
 """
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Half precision is computed in float32."""
+    """Half precision and integers are computed in float32."""
     return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
 
 
@@ -57,9 +59,9 @@ def dpo_loss(
 
         -log sigmoid(beta (l_chosen - l_rejected))          l = logps - ref_logps
 
-    Args: four [N] sums over tokens, nats; beta > 0.
+    Args: four [N] sums over tokens, nats, the reference's two without gradient; beta > 0.
     Returns: [N].
-    Raises: ValueError on other shapes or beta <= 0.
+    Raises: ValueError on other shapes, beta <= 0 or nan.
     Differs from the paper: nothing.
 
     >>> one = lambda x: torch.tensor([x])
@@ -106,7 +108,7 @@ def _margin(
     logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     _check(chosen_logps.shape, *logps, dims=1)
     chosen, rejected, ref_chosen, ref_rejected = _wide(*logps)
-    return (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (chosen - ref_chosen.detach()) - (rejected - ref_rejected.detach())
 
 
 def slic_loss(chosen_logps: Tensor, rejected_logps: Tensor, delta: float = 1.0) -> Tensor:
@@ -118,7 +120,7 @@ def slic_loss(chosen_logps: Tensor, rejected_logps: Tensor, delta: float = 1.0) 
 
     Args: two [N] sums over tokens, nats; delta > 0, the margin.
     Returns: [N].
-    Raises: ValueError on other shapes or delta <= 0.
+    Raises: ValueError on other shapes, delta <= 0 or nan.
     Differs from the paper: its second term, lambda times the likelihood of the target, is
         lire.sft_loss of the best response.
 
@@ -144,9 +146,10 @@ def plackett_luce_loss(
 
     Two responses give DPO; equal rewards are ranked in the order in which they stand.
 
-    Args: logps, ref_logps, rewards [B, M]; mask [B, M] bool; beta > 0.
+    Args: logps, ref_logps, rewards [B, M], only the first with gradient; mask [B, M] bool;
+        beta > 0.
     Returns: [B].
-    Raises: ValueError on other shapes or beta <= 0.
+    Raises: ValueError on other shapes, a mask that is not bool, beta <= 0 or nan.
     Differs from the paper: nothing.
 
     >>> zeros, mask = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
@@ -154,7 +157,8 @@ def plackett_luce_loss(
     tensor([1.7918])
     """
     _positive("beta", beta)
-    mask, _, logps, ref_logps = _best_first(mask, *_wide(rewards, logps, ref_logps))
+    tensors = _wide(rewards.detach(), logps, ref_logps.detach())
+    mask, _, logps, ref_logps = _best_first(mask, *tensors)
     # Padding stands behind the real ones, and is no -inf: that would give nan.
     h = (beta * (logps - ref_logps)).masked_fill(~mask, -1e30)
     rest = h.flip(-1).logcumsumexp(-1).flip(-1)  # log-sum-exp of this and all worse candidates
@@ -168,9 +172,10 @@ def rrhf_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> 
 
     No reference, no margin.
 
-    Args: logps [B, M] sums over tokens; lengths [B, M] tokens, EOS included; rewards, mask [B, M].
+    Args: logps [B, M] sums over tokens; lengths [B, M] tokens, EOS included; rewards [B, M];
+        mask [B, M] bool. Only logps get a gradient.
     Returns: [B].
-    Raises: ValueError on other shapes.
+    Raises: ValueError on other shapes or a mask that is not bool.
     Differs from the paper: its second term, the best response's likelihood (a sum over tokens), is
         lire.sft_loss (their mean).
 
@@ -208,7 +213,8 @@ def pro_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> T
     later = torch.ones(M, M, dtype=torch.bool, device=mask.device).triu(1)  # [k, i]
     later = later & mask[:, None, :] & mask[:, :, None]  # [B, k, i]
     gaps = torch.where(later, rewards[:, :, None] - rewards[:, None, :], 0.0)
-    own = gaps.amax(-1) * scores  # [B, k]
+    # A gap is never negative, so one more that is 0 changes nothing, and is there where M = 0.
+    own = F.pad(gaps, (0, 1)).amax(-1) * scores  # [B, k]
     others = (gaps * scores[:, None, :]).masked_fill(~later, -torch.inf)
     total = torch.cat([own[..., None], others], -1).logsumexp(-1)
     return torch.where(later.any(-1), total - own, 0.0).sum(-1)
@@ -217,7 +223,8 @@ def pro_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> T
 def _scores_best_first(
     logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask, rewards, logps, lengths = _best_first(mask, *_wide(rewards, logps, lengths))
+    tensors = _wide(rewards.detach(), logps, lengths.detach())
+    mask, rewards, logps, lengths = _best_first(mask, *tensors)
     return mask, rewards, logps / lengths.clamp_min(1)
 
 
@@ -238,19 +245,18 @@ def kto_loss(
         desirable    1 - sigmoid(beta l - z)          undesirable    1 - sigmoid(z - beta l)
         z = beta max(0, mean l of mismatched pairs), without gradient
 
-    A mismatched pair is a prompt with another prompt's response. z estimates
-    beta KL(policy || reference), and is 0 where there are no such pairs.
+    A mismatched pair is a prompt with another's response. z estimates beta KL(policy || reference),
+    and is 0 where there are no such pairs.
 
     Args: logps, ref_logps [N], sums over tokens, nats; desirable [N] bool;
-        mismatched_logps, mismatched_ref_logps [K]; beta > 0.
+        mismatched_logps, mismatched_ref_logps [K]; beta > 0. Only logps get a gradient.
     Returns: [N], in (0, 1).
-    Raises: ValueError on other shapes, another dtype of `desirable` or beta <= 0.
+    Raises: ValueError on other shapes, `desirable` that is not bool, beta <= 0 or nan.
     Differs from the paper: both kinds weigh 1, as in the DRO paper, which calls desirable what
         earns more than its batch's mean.
 
     >>> one = lambda x: torch.tensor([x])
-    >>> # z = 0: 1 - sigmoid(0.05)
-    >>> kto_loss(one(-2.5), one(-3.0), one(True), one(-4.4), one(-4.0), 0.1)
+    >>> kto_loss(one(-2.5), one(-3.0), one(True), one(-4.4), one(-4.0), 0.1)  # z = 0
     tensor([0.4875])
     """
     _positive("beta", beta)
@@ -265,9 +271,8 @@ def kto_loss(
             f"expected mismatched log-probs [K], got {tuple(mismatched_logps.shape)} "
             f"and {tuple(mismatched_ref_logps.shape)}"
         )
-    logps, ref_logps, other, other_ref = _wide(
-        logps, ref_logps, mismatched_logps.detach(), mismatched_ref_logps
-    )
+    constants = ref_logps.detach(), mismatched_logps.detach(), mismatched_ref_logps.detach()
+    logps, ref_logps, other, other_ref = _wide(logps, *constants)
     z = beta * (other - other_ref).mean().clamp_min(0) if len(other) else 0.0
     margins = beta * (logps - ref_logps) - z
     return 1 - torch.sigmoid(torch.where(desirable, margins, -margins))

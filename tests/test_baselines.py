@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import gradient, gradients
+from helpers import check_constants, gradient, gradients, public
 
 import baselines
 import lire
@@ -246,6 +246,74 @@ def test_half_precision_is_computed_in_float32():
     for name in JUDGES:
         assert list_loss(name, *half, mask).dtype == torch.float32
     assert baselines.dpo_loss(*pairs(*RATIOS, dtype=torch.bfloat16), 1.0).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------- of every function
+
+SINGLE = ("logps", "ref_logps", "desirable", "mismatched_logps", "mismatched_ref_logps")
+PAIR = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+LIST = ("logps", "ref_logps", "lengths", "rewards", "mask")
+# By name: the arguments that are tensors, those that learn, and what else it takes.
+FUNCTIONS = {
+    "kto_loss": (SINGLE, SINGLE[:1], (0.7,)),
+    "dpo_loss": (PAIR, PAIR[:2], (0.7,)),
+    "ipo_loss": (PAIR, PAIR[:2], (0.7,)),
+    "slic_loss": (PAIR[:2], PAIR[:2], (7.0,)),
+    "plackett_luce_loss": (("logps", "ref_logps", "rewards", "mask"), LIST[:1], (0.7,)),
+    "rrhf_loss": (("logps", "lengths", "rewards", "mask"), LIST[:1], ()),
+    "pro_loss": (("logps", "lengths", "rewards", "mask"), LIST[:1], ()),
+}
+
+
+def call(name, **inputs):
+    names, _, rest = FUNCTIONS[name]
+    return getattr(baselines, name)(*(inputs[name] for name in names), *rest)
+
+
+def test_every_function_of_the_file_is_called():
+    assert public(baselines) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_reach_the_policys_log_probs_alone(name):
+    names, learned, _ = FUNCTIONS[name]
+    numbers = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = dict(zip(LIST, padded()) if name in JUDGES else zip(names, numbers))
+    if name == "kto_loss":
+        inputs["desirable"] = inputs["desirable"] > 0
+        inputs["mismatched_logps"] = inputs["mismatched_ref_logps"] + 1.0  # z > 0
+    inputs = {name: inputs[name] for name in names}
+    check_constants(lambda **inputs: call(name, **inputs), learned, **inputs)
+
+
+@pytest.mark.parametrize("B, M", [(2, 0), (0, 3), (0, 0)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_to_compare_gives_0_or_nothing(name, B, M):
+    """Lists [B, M]; of pairs and single responses N = 0, and M mismatched ones."""
+    names, learned, _ = FUNCTIONS[name]
+    if name in JUDGES:
+        inputs = {name: torch.zeros(B, M) for name in names}
+        inputs["mask"] = inputs["mask"].bool()
+    else:
+        inputs = {name: torch.zeros(M if "mismatched" in name else 0) for name in names}
+        inputs |= {name: x.bool() for name, x in inputs.items() if name == "desirable"}
+    inputs |= {name: inputs[name].requires_grad_() for name in learned}
+    loss = call(name, **inputs)
+    assert torch.equal(loss, torch.zeros(B if name in JUDGES else 0))
+    loss.sum().backward()
+    assert all(inputs[name].grad.shape == inputs[name].shape for name in learned)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e9, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_list_without_candidates_costs_nothing(name, padding):
+    *tensors, mask = padded(padding)
+    whole = [torch.cat([x, torch.full((1, 6), padding).to(x)]) for x in tensors]
+    mask_of_all = torch.cat([mask, torch.zeros(1, 6, dtype=torch.bool)])
+    loss = list_loss(name, *whole, mask_of_all)
+    slope = gradient(lambda *args: list_loss(name, *args), *whole, mask_of_all)
+    assert torch.equal(loss[:-1], list_loss(name, *tensors, mask)) and loss[-1] == 0
+    assert slope.isfinite().all() and not slope[-1].any()
 
 
 def test_minimum_risk_training_is_lire():
