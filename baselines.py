@@ -256,7 +256,7 @@ def kto_loss(
         earns more than its batch's mean.
 
     >>> one = lambda x: torch.tensor([x])
-    >>> kto_loss(one(-2.5), one(-3.0), one(True), one(-4.4), one(-4.0), 0.1)  # z = 0
+    >>> kto_loss(one(-2.5), one(-3.0), one(True), one(-4.4), one(-4.0), 0.1)  # 1 - sigmoid(0.05)
     tensor([0.4875])
     """
     _positive("beta", beta)
