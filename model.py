@@ -28,10 +28,7 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """Size of a GPT. The defaults are the small one of the main job.
-
-    GPT-2 is (50257, 1024, 12, 12, 768, 50256).
-    """
+    """Size of a GPT, by default that of the main job; GPT-2: (50257, 1024, 12, 12, 768, 50256)."""
 
     vocab_size: int = 512
     context: int = 256  # longest prompt + response, in tokens
@@ -74,12 +71,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.width)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.width)
-        self.mlp = nn.ModuleDict(
-            {
-                "c_fc": nn.Linear(config.width, 4 * config.width),
-                "c_proj": nn.Linear(4 * config.width, config.width),
-            }
-        )
+        D = config.width
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
 
     def forward(
         self,
@@ -109,7 +102,7 @@ class PromptCache:
 
     def _join(self, prompt: Tensor, own: Tensor) -> Tensor:
         prompt = prompt[:, None].expand(-1, self.M, -1, -1, -1)  # [B, M, H, S, D/H]
-        own = own.unflatten(0, (-1, self.M))  # [B, M, H, T, D/H]
+        own = own.unflatten(0, prompt.shape[:2])  # [B, M, H, T, D/H]
         return torch.cat([prompt, own], 3).flatten(0, 1)  # [B * M, H, S + T, D/H]
 
 
@@ -192,8 +185,8 @@ class GPT(nn.Module):
         length = prompt_mask.sum(1)  # [B]
         first = x[torch.arange(B, device=x.device), length - 1]  # [B, D]
         first = first[:, None, None].expand(B, M, 1, -1)  # [B, M, 1, D]
-        if R == 1:
-            return self.ln_f(first)
+        if R <= 1:
+            return self.ln_f(first)[:, :, :R]
         T = R - 1  # the last token predicts nothing, so it need not be read
         causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         seen = [prompt_mask[:, None].expand(B, T, S), causal.expand(B, T, T)]
@@ -261,10 +254,7 @@ BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions
 
 @dataclass
 class T5Config:
-    """Size of a T5, v1.1 layout.
-
-    T5 v1.1 and FLAN-T5 large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0).
-    """
+    """Size of a T5; v1.1 and FLAN large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0)."""
 
     vocab_size: int = 512
     layers: int = 2  # of the encoder, and as many of the decoder
@@ -297,10 +287,7 @@ def position_bucket(relative: Tensor, bidirectional: bool) -> Tensor:
 
 
 class T5Attention(nn.Module):
-    """Multi-head attention without biases, and without 1 / sqrt(d).
-
-    The query's initialisation carries that scale.
-    """
+    """Multi-head attention without biases; the query's initialisation carries 1 / sqrt(d)."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -326,10 +313,7 @@ class T5Attention(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Pre-norm: self-attention, in the decoder cross-attention to the prompt, gated MLP.
-
-    Each is added to its input.
-    """
+    """Pre-norm: self-attention, a decoder's cross-attention, gated MLP, each added to its input."""
 
     def __init__(self, config: T5Config, decoder: bool) -> None:
         super().__init__()
@@ -360,7 +344,8 @@ class T5Block(nn.Module):
         x = x + self.attn(y, past.extend(*keys_values) if past else keys_values, mask)
         if prompt is not None:
             # All tokens of a prompt's M responses are queries side by side: nothing is copied.
-            y = self.cross_norm(x).reshape(len(prompt[0]), -1, x.shape[-1])  # [B, M T, D]
+            (N, T, D), B = x.shape, len(prompt[0])
+            y = self.cross_norm(x).reshape(B, N // max(B, 1) * T, D)  # [B, M T, D]
             x = x + self.cross(y, prompt, prompt_mask).view_as(x)
         y = self.mlp_norm(x)
         return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
@@ -407,13 +392,8 @@ class T5(nn.Module):
         self.shared = nn.Embedding(tokens, config.width)  # of encoder and decoder
         self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        D, d = config.width, config.head_width
-        std = {
-            "q": (D * d) ** -0.5,
-            "o": (config.heads * d) ** -0.5,
-            "wo": config.mlp_width**-0.5,
-            "shared": 1.0,
-        }
+        D, H, d = config.width, config.heads, config.head_width
+        std = dict(q=(D * d) ** -0.5, o=(H * d) ** -0.5, wo=config.mlp_width**-0.5, shared=1.0)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std.get(name.split(".")[-2], D**-0.5))
@@ -438,7 +418,7 @@ class T5(nn.Module):
         B, M, R = response_ids.shape
         states = self.encode(prompt_ids, prompt_mask)
         start = response_ids.new_full((B, M, 1), self.config.start)
-        ids = torch.cat([start, response_ids[..., :-1]], -1)  # [B, M, R]
+        ids = torch.cat([start, response_ids], -1)[..., :R]  # [B, M, R]
         y = self.shared(ids).flatten(0, 1)  # [B * M, R, D]
         mask = self.decoder.bias(R)
         for block in self.decoder.blocks:
@@ -514,7 +494,7 @@ def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) 
         batch: has prompt_ids, prompt_mask [B, S], response_ids, response_mask [B, M, R];
         allowed: [R', V] bool with R' >= R, the tokens possible at each place (the rest have
         probability 0), or None.
-    Returns: [B, M] float32, natural logs; 0 for an empty candidate slot.
+    Returns: [B, M] float32, natural logs; 0 for an empty candidate slot, also where R = 0.
     """
     mask = batch.response_mask
     states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
@@ -540,18 +520,26 @@ def sample(
     top_p: float = 1.0,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw M responses of every prompt, token by token.
+    """Draw M responses of every prompt, token by token. The prompt's cache serves all M.
 
-    The prompt is read once, and its cache serves all M.
-
-    Args: prompt_ids, prompt_mask [B, S]; generator: of the model's device; temperature: divides the
-        logits; top_k: keep the k likeliest tokens (0: all); top_p: keep the fewest tokens whose
-        probabilities reach p (1: all); allowed: [max_tokens, V] bool, the tokens possible at each
-        place, or None.
+    Args: prompt_ids, prompt_mask [B, S]; generator: of the model's device; temperature > 0 divides
+        the logits, below 1e-30 as 1e-30 does: the likeliest token; top_k: keep the k likeliest
+        tokens (0: all); top_p: keep the fewest tokens whose probabilities reach p (1: all);
+        allowed: [max_tokens, V] bool, the tokens possible at each place, or None.
     Returns: response_ids, response_mask [B, M, R], R <= max_tokens. EOS is inside the mask; a
         response that never reached it has none, and what follows an EOS is EOS, outside the mask.
+        [B, M, 0] where B, M or max_tokens is 0.
+    Raises: ValueError where temperature <= 0 or nan, top_k < 0, top_p is not in (0, 1], or prompt
+        and response are longer than a GPT's context.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    _check_cut(top_k, top_p)
+    temperature = max(temperature, 1e-30)  # logits over less would overflow float32
     eos, B = model.config.eos, len(prompt_ids)
+    if 0 in (B, M, max_tokens):
+        nothing = torch.zeros(B, M, 0, dtype=torch.long, device=prompt_ids.device)
+        return nothing, nothing.bool()
     logits, step = model.decode(prompt_ids, prompt_mask, M, max_tokens)
     ids = torch.full((B * M, max_tokens), eos, device=logits.device)
     mask = torch.zeros(B * M, max_tokens, dtype=torch.bool, device=logits.device)
@@ -577,14 +565,21 @@ def sample(
     return tuple(x[:, : t + 1].unflatten(0, (B, M)) for x in (ids, mask))
 
 
+def _check_cut(top_k: int, top_p: float) -> None:
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"expected top_k >= 0 and 0 < top_p <= 1, got {top_k} and {top_p}")
+
+
 def next_token_probs(
     logits: Tensor, top_k: int = 0, top_p: float = 1.0, allowed: Tensor | None = None
 ) -> Tensor:
     """softmax [N, V] of logits [N, V], cut to the tokens that may be drawn.
 
     Those are the allowed ones [V], of these the top_k likeliest, of these the nucleus top_p. What
-    is cut is 0; the rest is not normalised anew.
+    is cut is 0; the rest is not normalised anew. ValueError where top_k < 0 or top_p is not in
+    (0, 1].
     """
+    _check_cut(top_k, top_p)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     if top_k:

@@ -432,9 +432,7 @@ def test_temperature_divides_the_logits():
         assert (counts / 6000 - at_one[i]).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}]
-)
+@pytest.mark.parametrize("options", [{"temperature": 1e-6}, {"top_k": 1}, {"top_p": 1e-9}])
 def test_greedy_limits(options):
     model = random_model(torch.float32, **FIVE)
     lists = as_lists(*sample(model, *FIVE_PROMPTS, 2, 4, torch.Generator(), **options))

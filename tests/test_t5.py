@@ -1,21 +1,24 @@
 """T5: transformers' v1.1 judges it, and the prompt read once scores as each response alone.
 
-The value network sees the prompt alone.
+What both models must do, and the value network, which sees the prompt alone.
 """
 
 import dataclasses
+import math
 import random
 
 import pytest
 import torch
 from test_model import (
     EOS,
+    FIVE,
     FIVE_PROMPTS,
     FIVE_RESPONSES,
     WEIGHTS,
     B,
     M,
     R,
+    S,
     V,
     as_lists,
     candidates,
@@ -25,6 +28,7 @@ from test_model import (
     enumerated_probs,
     gradients,
     ragged_batch,
+    random_model,
     tiny_responses,
     with_random_padding,
 )
@@ -37,6 +41,7 @@ from model import (
     GPTConfig,
     T5Config,
     ValueNetwork,
+    next_token_probs,
     position_bucket,
     response_logps,
     sample,
@@ -248,6 +253,76 @@ def test_the_584_responses_of_tiny_sum_to_one():
     with torch.no_grad():
         logps = response_logps(model, batch, data.allowed_tokens(task, enc)).double()
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-6 and logps.exp().std() > 1e-4
+
+
+# -------------------------------------------------------------------------------------- both models
+
+MODELS = {
+    "gpt": lambda **size: random_model(torch.float32, **size),
+    "t5": lambda **size: random_t5(torch.float32, **size),
+}
+FIVES = {
+    "gpt": lambda: random_model(torch.float32, **FIVE),
+    "t5": lambda: random_t5(torch.float32, vocab_size=5, eos=4, start=5),
+}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-40, 1e-30, 1e-10])
+@pytest.mark.parametrize("kind", FIVES)
+def test_tiny_temperatures_are_greedy(kind, temperature):
+    model, (prompts, mask) = FIVES[kind](), FIVE_PROMPTS
+    allowed = torch.ones(3, 5, dtype=torch.bool)
+    for forbidden in ([], [0, 2]):
+        allowed[:, forbidden] = False
+        options = dict(temperature=temperature, allowed=allowed)
+        lists = as_lists(*sample(model, prompts, mask, 2, 3, torch.Generator(), **options))
+        for i, row in enumerate(lists):
+            y = []
+            while len(y) < 3 and 4 not in y:
+                ids = torch.tensor([[[*y, 0]]])
+                logits = model(prompts[i : i + 1], mask[i : i + 1], ids)[0, 0, -1]
+                y.append(logits.masked_fill(~allowed[0], -math.inf).argmax().item())
+            assert row == [y, y]
+
+
+IMPOSSIBLE = [
+    *({"temperature": value} for value in (0.0, -1.0, -1e-45, math.nan, -math.inf)),
+    {"top_k": -1},
+    *({"top_p": value} for value in (0.0, -0.5, 1.5, math.nan)),
+]
+
+
+@pytest.mark.parametrize("options", IMPOSSIBLE)
+@pytest.mark.parametrize("kind", FIVES)
+def test_impossible_options_of_sampling_are_refused(kind, options):
+    name = next(iter(options))
+    for max_tokens in (3, 0):
+        with pytest.raises(ValueError, match=name):
+            sample(FIVES[kind](), *FIVE_PROMPTS, 2, max_tokens, torch.Generator(), **options)
+    if name != "temperature":
+        with pytest.raises(ValueError, match=name):
+            next_token_probs(torch.zeros(2, 5), **options)
+
+
+@pytest.mark.parametrize(
+    "B, M, R", [(2, 3, 0), (2, 0, 5), (0, 3, 5), (0, 3, 1), (2, 0, 0), (0, 3, 0), (0, 0, 0)]
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_prompts_responses_or_tokens_give_empty_results(kind, B, M, R):
+    model, prompts = MODELS[kind](), torch.ones(B, S, dtype=torch.long)
+    prompt_mask = torch.arange(S) < torch.tensor([[7], [4]])[:B]
+    responses = torch.ones(B, M, R, dtype=torch.long)
+    ids, mask = sample(model, prompts, prompt_mask, M, R, torch.Generator())
+    assert ids.shape == mask.shape == (B, M, 0)
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert model.hidden(prompts, prompt_mask, responses).shape == (B, M, R, 8)
+    assert model(prompts, prompt_mask, responses).shape == (B, M, R, V)
+    batch = data.Batch(prompts, prompt_mask, responses, responses.bool(), None, None)
+    for allowed in (None, torch.ones(R, V, dtype=torch.bool)):
+        logps = response_logps(model, batch, allowed)
+        assert torch.equal(logps, torch.zeros(B, M))
+        logps.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 # -------------------------------------------------------------------------------- the value network
