@@ -307,8 +307,13 @@ class T5Attention(nn.Module):
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         """x [N, T, D]; mask: bool, or a number that is added to every score [N, H, T, keys]."""
-        q = self.split(self.q(x))
-        y = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, scale=1.0)
+        q, (k, v) = self.split(self.q(x)), keys_values
+        if mask.dtype == torch.bool:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        else:
+            # Fused attention takes another kernel where the bias needs a gradient: in bfloat16 a
+            # policy would differ from a reference of the same weights by tenths of a nat.
+            y = (q @ k.transpose(2, 3) + mask).softmax(-1) @ v
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -401,8 +406,9 @@ class T5(nn.Module):
     def encode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """States [B, S, D] of the prompt's own tokens; the reader masks those of padding."""
         x = self.shared(prompt_ids)
-        padding = ~prompt_mask[:, None, None]  # [B, 1, 1, S]
-        mask = self.encoder.bias(prompt_ids.shape[1]).masked_fill(padding, -torch.inf)
+        mask = self.encoder.bias(prompt_ids.shape[1])  # [1, H, S, S]
+        # The lowest number is not -inf, which would give nan for a prompt without tokens.
+        mask = mask.masked_fill(~prompt_mask[:, None, None], torch.finfo(mask.dtype).min)
         for block in self.encoder.blocks:
             x = block(x, mask)
         return self.encoder.norm(x)

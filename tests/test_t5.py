@@ -325,6 +325,29 @@ def test_no_prompts_responses_or_tokens_give_empty_results(kind, B, M, R):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_policy_scores_as_a_reference_of_the_same_weights_to_the_last_bit(kind, autocast):
+    """Whether gradients are on or off, and whether the weights take any."""
+    policy, reference = MODELS[kind](), MODELS[kind]().requires_grad_(False)
+    batch = ragged_batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logps, frozen = response_logps(policy, batch), response_logps(reference, batch)
+        with torch.no_grad():
+            off = response_logps(policy, batch)
+    assert logps.requires_grad and not frozen.requires_grad
+    assert torch.equal(logps, off) and torch.equal(logps, frozen)
+
+
+def test_a_prompt_without_tokens_gives_numbers_and_leaves_the_others_as_they_are():
+    model, batch = random_t5(torch.float32), ragged_batch()
+    logps = response_logps(model, batch)
+    batch.prompt_mask[0] = False
+    without = response_logps(model, batch)
+    assert without.isfinite().all() and torch.equal(without[1], logps[1])
+    assert all(grad.isfinite().all() for grad in gradients(model, without.sum()).values())
+
+
 # -------------------------------------------------------------------------------- the value network
 
 BACKBONES = {
