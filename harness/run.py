@@ -152,14 +152,14 @@ def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
             raise ValueError("its content does not match its digest")
         if not 0 <= checkpoint["step"] <= c.steps:
             raise ValueError(f"it is of step {checkpoint['step']}, the run has {c.steps}")
-        there, old_key = checkpoint["config"], checkpoint["key"]
+        there, old_key, texts = checkpoint["config"], checkpoint["key"], checkpoint["key"]["texts"]
     except Exception as e:  # damaged files fail in many ways
         raise ConfigError(f"--resume {c.resume}: {path} is damaged ({reason_of(e)})") from None
     here = run_settings(c)
     there, here = ({k: v for k, v in d.items() if k not in FILES} for d in (there, here))
     if changed := difference(there, here):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({changed})")
-    if old_key["texts"] != key["texts"]:
+    if texts != key["texts"]:
         raise ConfigError(
             f"--resume {c.resume}: its data have changed since the checkpoint was written"
         )
