@@ -9,8 +9,9 @@ than pi* = pi_ref exp((r - V*) / tau), with one tau for all prompts and a normal
     frontier(log_b, log_w, rewards)       -> Frontier: a policy beside the optimum at its own KL
     mixture_weights(log_ratios)           -> log_b, log_w where the responses are sampled
 
-[B, N] is N responses of B prompts: all there are (exact), or a sample (an upper estimate of the
-policy's efficiency, because a sampled optimum misses what was never drawn).
+log_b and log_w are the log-weights of the responses under the reference (the base) and under the
+policy. [B, N] is N responses of B prompts: all there are (exact), or a sample (an upper estimate of
+the policy's efficiency, because a sampled optimum misses what was never drawn).
 """
 
 import math

@@ -5,6 +5,7 @@ gives named losses, unreduced, whose means are added up. The formulas are in lir
 baselines.py. The row says what the objective reads and needs; nobody else asks which one runs.
 """
 
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def lire_scores(c: Any, x: Inputs) -> Tensor:
 
 def lire_objective(c: Any, x: Inputs) -> Losses:
     """The list's expected reward, negated (Eq. 5), and the likelihood of its best response."""
-    how = "none" if c.reward_norm == "global" else c.reward_norm
+    how = "none" if c.reward_norm == "global" else c.reward_norm  # the pool is scaled already
     rewards = lire.transform_rewards(x.rewards, x.mask, how)
     loss = lire.lire_loss(lire_scores(c, x), rewards, x.mask, c.temperature)
     return {"loss/lire": loss} | sft_term(c, x)
@@ -277,7 +278,8 @@ class Objective(NamedTuple):
 
     def run_defaults(self) -> dict[str, Any]:
         """Defaults of a run with this objective."""
-        return {"reward_norm": self.reward_norm[0], "evolve": self.evolve, **self.defaults}
+        own = {"reward_norm": self.reward_norm[0], "evolve": self.evolve}
+        return {"lr": 5e-4, **own, **self.defaults}
 
 
 NEEDS = {
@@ -344,20 +346,33 @@ OBJECTIVES = {
 def try_objective(c: Any) -> None:
     """Run the objective once on made-up numbers: a slip in a new one shows in the first second.
 
-    It is given what its row says it needs, and nothing else.
+    It is given what its row says it needs and nothing else, and nan in the padded slots.
+    Raises: ValueError where the row or the function is wrong.
     """
     objective = OBJECTIVES[c.objective]
+    if unknown := [name for name in objective.defaults if not hasattr(c, name)]:
+        raise ValueError(f"its row names {', '.join(unknown)}, which is no field of Config")
     if objective.loss is None:
         return
-    generator = torch.Generator().manual_seed(0)
+    generator, needs = torch.Generator().manual_seed(0), objective.needs
     rewards, logps, ref_logps = torch.rand(3, 2, 3, generator=generator)  # [B, M] each
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logps, ref_logps = (t.masked_fill(~mask, torch.nan) for t in (logps, ref_logps))
     x = Inputs(
         logps.requires_grad_(),
-        ref_logps if "reference" in objective.needs else None,
-        rewards,
-        mask=torch.tensor([[True, True, True], [True, True, False]]),
+        ref_logps if "reference" in needs else None,
+        rewards.masked_fill(~mask, torch.nan),
+        mask,
         lengths=torch.tensor([[4, 4, 4], [4, 4, 0]]),
-        values=rewards[:, 0] if "values" in objective.needs else None,
-        mismatched=(rewards[:, 1], rewards[:, 2]) if "mismatched" in objective.needs else None,
+        values=rewards[:, 0] if "values" in needs else None,
+        mismatched=(rewards[:, 1], rewards[:, 2]) if "mismatched" in needs else None,
     )
-    total(objective.loss(c, x)).backward()
+    try:
+        loss = total(objective.loss(c, x))
+        loss.backward()
+    except Exception as e:
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
+        raise ValueError(f"{where}: {type(e).__name__}: {e} (it needs {sorted(needs)})") from e
+    if not loss.isfinite() or not logps.grad.isfinite().all():
+        raise ValueError(f"loss {loss.item()}, gradient {logps.grad.tolist()}: is a mask missing?")

@@ -1,4 +1,4 @@
-"""Align a small language model offline, and measure it against the exact optimum.
+"""Align a small language model with rewards, and measure it against the optimum.
 
     python train.py --objective lire                              the main job, 90 s on two cores
     python train.py --objective dro --model t5 --task summary     another objective, model and task
@@ -20,6 +20,7 @@ from torch import nn
 from data import make_batch, save_ranks
 from harness.config import (
     Config,
+    ConfigError,
     command_line,
     compares_lists,
     describe_settings,
@@ -133,7 +134,7 @@ def make_pool(
         lists = [replace(e, rewards=reward_list(world, e.prompt, e.response_ids)) for e in lists]
     rewards = [reward for e in lists for reward in e.rewards]
     if not state.step and not compares_lists(c):
-        with_settings_of_the_data(c, rewards)  # a later pool may be of one reward, not the first
+        with_settings_of_the_data(c, rewards)  # refuses a first pool of one reward; later may be
     if c.reward_norm == "global":
         state.reward_scale = state.reward_scale or mean_and_deviation(rewards)
         lists = [replace(e, rewards=normalise(e.rewards, state.reward_scale)) for e in lists]
@@ -230,7 +231,10 @@ def main(config: Config) -> dict:
     """
     began = time.time()
     c = resolve(config)
-    try_objective(c)
+    try:
+        try_objective(c)
+    except ValueError as e:
+        raise ConfigError(f"--objective {c.objective} fails on made-up numbers: {e}") from e
     check_folder(c)
     set_numerics(c)
     # What it learns on: a task or files, tokenised. Files may decide a setting, or teach nothing.

@@ -42,23 +42,27 @@ class Config:
     data: list[str] = option(list, "files of lists instead of a task (.jsonl, .jsonl.gz)")
     eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
     limit: int = option(0, "use the first so many lists of --data, 0 for all")
-    max_prompt: int = option(256, "tokens of a prompt, a longer one loses its beginning", (), True)
-    max_response: int = option(128, "tokens of a response, a longer one loses its end", (), True)
+    max_prompt: int = option(
+        256, "tokens of a prompt, a longer one loses its beginning", positive=True
+    )
+    max_response: int = option(
+        128, "tokens of a response, a longer one loses its end", positive=True
+    )
     model: str = option("gpt", "of policy and reference", ("gpt", "t5"))
-    layers: int = option(2, "of the model; t5: of encoder and decoder each", (), True)
-    heads: int = option(4, "of each layer", (), True)
-    width: int = option(128, "of the model", (), True)
+    layers: int = option(2, "of the model; t5: of encoder and decoder each", positive=True)
+    heads: int = option(4, "of each layer", positive=True)
+    width: int = option(128, "of the model", positive=True)
     tokenizer: str = option("bpe", "bpe is trained on the run's own text", ("bpe", "gpt2"))
     vocab_size: int | None = option(None, "tokens of bpe")
     reference_steps: int | None = option(None, "SFT steps of the reference")
-    reference_lr: float | None = option(None, "its peak learning rate", (), True)
+    reference_lr: float | None = option(None, "its peak learning rate", positive=True)
     candidates: int | None = option(
-        None, "M: responses sampled a prompt; of a file's lists the first M", (), True
+        None, "M: responses sampled a prompt; of a file's lists the first M", positive=True
     )
-    sample_temperature: float = option(1.0, "of the pools; evaluation samples at 1", (), True)
+    sample_temperature: float = option(1.0, "of the pools; evaluation samples at 1", positive=True)
     evolve: int | None = option(None, "rounds, each with a new pool; 0: the data's own lists")
-    iterate: int = option(1, "passes over the pool of a round", (), True)
-    temperature: float | None = option(None, "LIRE's T", (), True)
+    iterate: int = option(1, "passes over the pool of a round", positive=True)
+    temperature: float | None = option(None, "LIRE's T", positive=True)
     score: str | None = option(None, "of the token log-probs, what LIRE compares", ("sum", "mean"))
     reward_norm: str | None = option(
         None,
@@ -66,22 +70,26 @@ class Config:
         ("softmax", "zscore", "global", "none"),
     )
     sft_weight: float | None = option(None, "weight of the likelihood of the best candidate")
-    tau: float | None = option(None, "KL strength, in units of the normalised reward", (), True)
-    beta: float | None = option(None, "KL strength", (), True)
+    tau: float | None = option(
+        None, "KL strength, in units of the normalised reward", positive=True
+    )
+    beta: float | None = option(None, "KL strength", positive=True)
     desirable: str | None = option(
         None, "KTO: above the batch's mean, or above 0 (of thumbs)", ("mean", "positive")
     )
     value: str | None = option(None, "DRO's V: one a prompt or a batch", ("prompt", "batch"))
-    value_lr: float | None = option(None, "peak learning rate of V, default --lr", (), True)
+    value_lr: float | None = option(None, "peak learning rate of V, default --lr", positive=True)
     share_networks: bool | None = option(None, "V is a head on the policy's own states")
     shuffle_prompts: bool = option(False, "control: train every list under another prompt")
     steps: int | None = option(None, "optimiser steps in all, over all rounds")
-    batch_size: int = option(16, "B, prompts a step", (), True)
-    lr: float | None = option(None, "peak learning rate; warm-up 3 %, then linear to 0", (), True)
-    clip: float = option(1.0, "gradient norm, of each network by itself", (), True)
-    eval_prompts: int | None = option(None, "prompts of each evaluation split", (), True)
-    eval_samples: int | None = option(None, "responses a prompt of each model", (), True)
-    eval_every: int = option(50, "steps between quick evaluations and checkpoints", (), True)
+    batch_size: int = option(16, "B, prompts a step", positive=True)
+    lr: float | None = option(
+        None, "peak learning rate; warm-up 3 %, then linear to 0", positive=True
+    )
+    clip: float = option(1.0, "gradient norm, of each network by itself", positive=True)
+    eval_prompts: int | None = option(None, "prompts of each evaluation split", positive=True)
+    eval_samples: int | None = option(None, "responses a prompt of each model", positive=True)
+    eval_every: int = option(50, "steps between quick evaluations and checkpoints", positive=True)
     seed: int = option(0, "of everything random")
     device: str = option("auto", "where it runs", ("auto", "cpu", "cuda"))
     dtype: str = option("float32", "bfloat16: autocast", ("float32", "bfloat16"))

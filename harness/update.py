@@ -15,7 +15,7 @@ from objectives import OBJECTIVES, Inputs, Losses, common_metrics, total
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
-    """Warm-up over the first 3 % of the steps, then a straight line to 0; the first step is 0."""
+    """Warm-up over the first 3 % of the steps, then straight to 0; `step` steps are done."""
     warm = max(1, round(0.03 * steps))
     return peak * min((step + 1) / warm, (steps - step) / max(steps - warm, 1))
 
