@@ -56,8 +56,9 @@ def add_row(insert, file, table, row):
 
 def test_an_objective_with_a_strength_of_its_own(project):
     folder, insert, run = project
-    function, row, field = blocks("README.md", "Change it")
-    assert len(function.splitlines()) + len(row.splitlines()) + len(field.splitlines()) <= 10
+    function, lines = blocks("README.md", "Change it")
+    row, field = lines.splitlines(keepends=True)
+    assert len(function.splitlines()) + len(lines.splitlines()) <= 10
     insert("objectives.py", "# Learning rates and strengths: most reward", function + "\n\n")
     add_row(insert, "objectives.py", "OBJECTIVES", row)
     insert("harness/config.py", "    shuffle_prompts: bool = option(", field)
