@@ -166,14 +166,14 @@ def unlike_rewards(c: Any, rewards: list[float]) -> dict:
 
 
 def thumbs(c: Any, rewards: list[float]) -> dict:
-    """KTO: rewards that are all 1 or -1 are thumbs, and say themselves what is desirable.
+    """KTO: a file's rewards that are all 1 or -1 are thumbs, and say what is desirable.
 
     Returns: --desirable, where it was not given.
     Raises: ValueError where one kind is missing.
     """
     desirable = c.desirable
     if desirable is None:
-        desirable = "positive" if set(rewards) <= {1.0, -1.0} else "mean"
+        desirable = "positive" if c.data and set(rewards) <= {1.0, -1.0} else "mean"
     if desirable == "mean":
         unlike_rewards(c, rewards)
     elif (up := sum(reward > 0 for reward in rewards)) in (0, len(rewards)):
@@ -182,6 +182,22 @@ def thumbs(c: Any, rewards: list[float]) -> dict:
             f"these {len(rewards)} is {'undesirable' if up else 'desirable'}"
         )
     return {"desirable": desirable}
+
+
+def kto_conflict(c: Any) -> str:
+    """Above 0 is a statement about the rewards as they are."""
+    if c.desirable == "positive" and c.reward_norm == "global":
+        return (
+            "--desirable positive is about the rewards as they are: leave --reward-norm global away"
+        )
+    return ""
+
+
+def dro_conflict(c: Any) -> str:
+    """A shared network has no learning rate of its own."""
+    if c.share_networks and c.value_lr is not None:
+        return "--value-lr is of a value network of its own: leave it or --share-networks away"
+    return ""
 
 
 def log_ratios(c: Any, x: Inputs) -> Tensor:
@@ -263,18 +279,28 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 class Objective(NamedTuple):
     """A row: all that the rest of the program has to know of an objective."""
 
-    loss: Callable[[Any, Inputs], Losses] | None  # None: the reference is all there is to train
-    defaults: dict[str, Any]  # of the options that it reads; those of other objectives are refused
-    needs: set[str] = set()  # of NEEDS
-    reward_norm: tuple[str, ...] = ("none", "global")  # those that it takes, its default first
-    strength: str | None = None  # the option that scales its log-ratio in the log
-    evolve: int = 5  # rounds, on a task
-    prepare: Callable[[Any, list[float]], dict] = (
-        unlike_rewards  # what the rewards decide or forbid
-    )
-    metrics: Callable[[Any, Inputs], dict[str, Tensor]] = implied_metrics  # of its own, of a step
-    warning: Callable[[dict], str | None] = lambda metrics: None  # said aloud when it is evaluated
-    residual: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # constant in a prompt at pi*
+    # (c, x) -> named losses; None: the reference is all there is to train.
+    loss: Callable[[Any, Inputs], Losses] | None
+    # Of the options that it reads. Those of other objectives are refused.
+    defaults: dict[str, Any]
+    # Of NEEDS.
+    needs: set[str] = set()
+    # Those that it takes, its default first.
+    reward_norm: tuple[str, ...] = ("none", "global")
+    # The option that scales its log-ratio in the log.
+    strength: str | None = None
+    # Rounds, on a task.
+    evolve: int = 5
+    # Why its options don't go together; empty where they do.
+    conflict: Callable[[Any], str] = lambda c: ""
+    # What the rewards of a file decide; ValueError where rewards teach nothing.
+    prepare: Callable[[Any, list[float]], dict] = unlike_rewards
+    # Metrics of its own, of a step.
+    metrics: Callable[[Any, Inputs], dict[str, Tensor]] = implied_metrics
+    # What is to be said aloud of a row of the log; None where it is nothing.
+    warning: Callable[[dict], str | None] = lambda row: None
+    # (c, rewards, log-ratios): constant within a prompt at pi* of its strength.
+    residual: Callable[[Any, Tensor, Tensor], Tensor] | None = None
 
     def run_defaults(self) -> dict[str, Any]:
         """Defaults of a run with this objective."""
@@ -307,6 +333,7 @@ OBJECTIVES = {
         {"reference", "values"},
         reward_norm=("global", "none"),
         strength="tau",
+        conflict=dro_conflict,
         metrics=dro_metrics,
         residual=dro_residual,
     ),
@@ -332,6 +359,7 @@ OBJECTIVES = {
         {"lr": 1e-3, "beta": 1.0, "desirable": None},
         {"reference", "mismatched", "batch"},
         strength="beta",
+        conflict=kto_conflict,
         prepare=thumbs,
     ),
     "rrhf": Objective(rrhf_objective, {"lr": 1e-3, "sft_weight": 30.0}, {"lists"}),
@@ -352,6 +380,8 @@ def try_objective(c: Any) -> None:
     objective = OBJECTIVES[c.objective]
     if unknown := [name for name in objective.defaults if not hasattr(c, name)]:
         raise ValueError(f"its row names {', '.join(unknown)}, which is no field of Config")
+    if objective.residual and not objective.strength:
+        raise ValueError("its row has a residual, and no strength that says whose optimum it is")
     if objective.loss is None:
         return
     generator, needs = torch.Generator().manual_seed(0), objective.needs
@@ -370,6 +400,7 @@ def try_objective(c: Any) -> None:
     try:
         loss = total(objective.loss(c, x))
         loss.backward()
+        objective.metrics(c, x._replace(logps=logps.detach(), ref_logps=ref_logps))
     except Exception as e:
         place = traceback.extract_tb(e.__traceback__)[-1]
         where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"

@@ -22,9 +22,9 @@ from harness.config import (
     Config,
     ConfigError,
     command_line,
-    compares_lists,
     describe_settings,
     resolve,
+    why_lists,
     with_settings_of_the_data,
 )
 from harness.evaluation import evaluate, quick_evaluation, side_by_side, summary
@@ -45,6 +45,7 @@ from harness.pool import (
     rng,
     sample_lists,
     score_lists,
+    set_numerics,
     under_other_prompts,
     with_responses,
 )
@@ -59,7 +60,6 @@ from harness.run import (
     restore,
     run_script,
     save,
-    set_numerics,
 )
 from harness.update import objective_inputs, step_metrics, update, with_reference
 from model import ValueNetwork, response_logps
@@ -74,7 +74,7 @@ class State:
 
     policy: nn.Module
     optimizer: torch.optim.Optimizer
-    value: nn.Module | None = None  # DRO's value network
+    value_network: ValueNetwork | None = None  # DRO's
     reference: str = ""  # digest of the reference's weights, which never change
     step: int = 0  # optimiser steps done
     round_index: int = -1  # the round that `generated` belongs to
@@ -91,17 +91,17 @@ def new_state(c: Config, world: World, reference: nn.Module) -> State:
         model.load_state_dict(reference.state_dict())
         return model
 
-    policy, value = copy(), None
+    policy, value_network = copy(), None
     groups = [{"params": list(policy.parameters()), "peak": c.lr}]
     if "values" in OBJECTIVES[c.objective].needs:
-        value = ValueNetwork(policy if c.share_networks else copy()).to(c.device)
+        value_network = ValueNetwork(policy if c.share_networks else copy()).to(c.device)
         if c.share_networks:
-            groups[0]["params"] += value.value_head.parameters()
+            groups[0]["params"] += value_network.value_head.parameters()
         else:
             value_lr = c.lr if c.value_lr is None else c.value_lr
-            groups.append({"params": list(value.parameters()), "peak": value_lr})
+            groups.append({"params": list(value_network.parameters()), "peak": value_lr})
     optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=0.0)
-    return State(policy, optimizer, value, digest_of(reference.state_dict()))
+    return State(policy, optimizer, value_network, digest_of(reference.state_dict()))
 
 
 # ------------------------------------------------------------------------------ the pool of a round
@@ -133,7 +133,7 @@ def make_pool(
     if world.task:
         lists = [replace(e, rewards=reward_list(world, e.prompt, e.response_ids)) for e in lists]
     rewards = [reward for e in lists for reward in e.rewards]
-    if not state.step and not compares_lists(c):
+    if not state.step and not why_lists(c):
         with_settings_of_the_data(c, rewards)  # refuses a first pool of one reward; later may be
     if c.reward_norm == "global":
         state.reward_scale = state.reward_scale or mean_and_deviation(rewards)
@@ -175,7 +175,7 @@ def sample_round(c: Config, world: World, policy: nn.Module, round_index: int) -
 def train_policy(c: Config, world: World, state: State, reference: nn.Module, run: Run) -> None:
     """The loop from state.step to c.steps; on Ctrl-C (run.stop) it ends after the step it is in."""
     objective, starts = OBJECTIVES[c.objective], round_starts(c)
-    pool, heldout = None, {}  # of the round; of the last look at held-out prompts
+    pool, latest = None, {}  # of this round; of the last look at held-out prompts
     progress = Progress(c.objective, c.steps, state.step)
     for step in range(state.step + 1, c.steps + 1):
         # A round begins (Algorithm 1 of LIRE): sample M candidates a prompt from the policy as it
@@ -206,12 +206,12 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
         # Now and then: look at held-out prompts, write a row, save a checkpoint.
         due = step % c.eval_every == 0 or step == c.steps
         if due:
-            heldout = quick_evaluation(c, world, state, reference, step)
+            latest = quick_evaluation(c, world, state, reference, step)
         if due or step == 1 or step % 10 == 0:
             x = with_reference(c, world, reference, batch, x)
             row = step_metrics(c, state, x, losses, grad_norms)
-            run.log(row | (heldout if due else {}))
-        progress.show(step, loss, heldout, line=due)
+            run.log(row | (latest if due else {}))
+        progress.show(step, loss, latest, line=due)
         if due or run.stop:
             run.save(state)
         if run.stop:

@@ -27,7 +27,7 @@ from data import Batch, make_batch
 from experiments.cells import write_results
 from harness.config import resolve
 from harness.evaluation import enumerate_responses
-from harness.pool import make_world, reward_list, rng, score_lists
+from harness.pool import make_world, reward_list, rng, score_lists, set_numerics
 from harness.reference import train_reference
 from harness.run import run_script
 from harness.update import prompt_values, update
@@ -70,10 +70,10 @@ def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int =
     Returns: {"kl": KL(pi*, pi), "kl_before": KL(pi*, reference), "value_error", "seconds"}.
     """
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     began, steps = time.time(), STEPS[model]
     losses = dro.dro_v_losses if coefficient == "tau/2" else losses_as_printed
     c = resolve(Config(model=model, tau=tau, seed=seed, lr=LR[model], **SETTINGS))
+    set_numerics(c)
     world = make_world(c)
     with contextlib.redirect_stdout(io.StringIO()):
         reference = train_reference(c, world).eval()
@@ -102,7 +102,7 @@ def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int =
         ids, response_mask = whole.response_ids[pick], whole.response_mask[pick]
         batch = Batch(prompt_ids, prompt_mask, ids, response_mask, mask, rewards[pick])
         logps = response_logps(state.policy, batch, world.allowed)
-        values = prompt_values(c, state.value, batch)[:, None].expand_as(logps)
+        values = prompt_values(c, state.value_network, batch)[:, None].expand_as(logps)
         flat = (x.flatten() for x in (logps, ref_logps[pick], rewards[pick], values))
         policy_loss, value_loss = losses(*flat, tau)
         loss = policy_loss.mean() + value_loss.mean()
@@ -116,7 +116,7 @@ def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int =
     exact = ref_logps.double(), rewards.double(), tau
     optimum = dro.optimal_logps(*exact)
     with torch.no_grad():
-        learned = state.value(prompt_ids, prompt_mask).double()
+        learned = state.value_network(prompt_ids, prompt_mask).double()
     return {
         "kl": dro.kl_divergence(optimum, score(state.policy).double()).mean().item(),
         "kl_before": dro.kl_divergence(optimum, ref_logps.double()).mean().item(),

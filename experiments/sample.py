@@ -4,7 +4,6 @@ python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford s
 """
 
 import argparse
-import json
 import pickle
 import random
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 
 import data
 from data import Example, Task
+from harness.config import saved_config
 from harness.evaluation import side_by_side
 from harness.pool import World, rng, sample_lists
 from harness.reference import new_model
 from harness.run import reason_of, run_script
-from train import Config, ConfigError
+from train import ConfigError
 
 
 def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float = 1.0) -> str:
@@ -31,8 +31,9 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
             f"{run}: no checkpoint.pt in it, expected the folder of a run, such as "
             "out/lire-dialogue-0"
         )
-    c = Config(**json.loads((folder / "config.json").read_text()))
-    c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
+    c = saved_config(run)
+    if not torch.cuda.is_available():
+        c.device = "cpu"
     if c.tokenizer == "bpe":
         enc = data.encoding(data.load_ranks(folder / "tokenizer.txt"))
     else:

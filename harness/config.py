@@ -48,10 +48,10 @@ class Config:
     max_response: int = option(
         128, "tokens of a response, a longer one loses its end", positive=True
     )
-    model: str = option("gpt", "of policy and reference", ("gpt", "t5"))
-    layers: int = option(2, "of the model; t5: of encoder and decoder each", positive=True)
-    heads: int = option(4, "of each layer", positive=True)
-    width: int = option(128, "of the model", positive=True)
+    model: str = option("gpt", "what policy and reference are", ("gpt", "t5"))
+    layers: int = option(2, "layers of the model; t5: of encoder and decoder each", positive=True)
+    heads: int = option(4, "attention heads of each layer", positive=True)
+    width: int = option(128, "width of the model", positive=True)
     tokenizer: str = option("bpe", "bpe is trained on the run's own text", ("bpe", "gpt2"))
     vocab_size: int | None = option(None, "tokens of bpe")
     reference_steps: int | None = option(None, "SFT steps of the reference")
@@ -90,9 +90,11 @@ class Config:
     eval_prompts: int | None = option(None, "prompts of each evaluation split", positive=True)
     eval_samples: int | None = option(None, "responses a prompt of each model", positive=True)
     eval_every: int = option(50, "steps between quick evaluations and checkpoints", positive=True)
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "of all random numbers")
     device: str = option("auto", "where it runs", ("auto", "cpu", "cuda"))
-    dtype: str = option("float32", "bfloat16: autocast", ("float32", "bfloat16"))
+    dtype: str = option(
+        "float32", "of the computation; weights stay float32", ("float32", "bfloat16")
+    )
     out: str = option("", "folder of the run, default out/<objective>-<data>-<seed>")
     resume: str = option("", "go on with this run")
 
@@ -106,25 +108,28 @@ ON_TASKS = {
     "eval_prompts": 64,
     "eval_samples": 64,
 }
-ON_FILES = {**ON_TASKS, "vocab_size": 1024, "reference_steps": 300, "candidates": None, "evolve": 0}
+ON_EVERY_RUN = {"lr", "evolve", "reward_norm", *ON_TASKS}
+ON_EVERY_RUN |= {f.name for f in dataclasses.fields(Config) if f.default is not None}
+ON_FILES = {**ON_TASKS, "vocab_size": 1024, "reference_steps": 300, "candidates": None}
 
 
 def run_defaults(config: Config) -> dict[str, Any]:
     """The defaults that depend on objective and data, for options that are None."""
     objective = OBJECTIVES[config.objective].run_defaults()
-    if config.data:
-        return objective | ON_FILES
-    return objective | ON_TASKS | TASKS[config.task].defaults
+    if config.data:  # a file has no reward for new samples
+        return ON_FILES | objective | {"evolve": 0}
+    return ON_TASKS | objective | TASKS[config.task].defaults
 
 
 def owners(name: str) -> list[str]:
     """The objectives that read an option, where it is not one of every run."""
-    if name == "lr":
+    if name in ON_EVERY_RUN:
         return []
     return [objective for objective, row in OBJECTIVES.items() if name in row.defaults]
 
 
 def flag(name: str) -> str:
+    """The option of a field: sft_weight is --sft-weight."""
     return "--" + name.replace("_", "-")
 
 
@@ -133,6 +138,7 @@ def resolve(config: Config) -> Config:
 
     Returns: a new Config. Raises: ConfigError.
     """
+    # Each value by itself; then options that only other objectives read.
     _check_values(config)
     row = OBJECTIVES[config.objective]
     for f in dataclasses.fields(Config):
@@ -142,10 +148,12 @@ def resolve(config: Config) -> Config:
                 f"{flag(f.name)} is an option of {', '.join(readers)}: --objective "
                 f"{config.objective} does not read it"
             )
+    # Defaults before the rest, because the rest is about the values that the run will have.
     defaults = run_defaults(config)
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     c = dataclasses.replace(config, **missing)
 
+    # Values that don't go together.
     if c.reward_norm not in row.reward_norm:
         raise ConfigError(
             f"--reward-norm {c.reward_norm}: --objective {c.objective} takes "
@@ -169,22 +177,17 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--objective {c.objective} {NEEDS['batch']}: --batch-size must be at least 2, got 1"
         )
-    if compares_lists(c) and c.candidates is not None and c.candidates < 2:
+    if why_lists(c) and c.candidates is not None and c.candidates < 2:
         raise ConfigError(
-            f"--objective {c.objective} {compares_lists(c)}: --candidates must be at least 2, got "
+            f"--objective {c.objective} {why_lists(c)}: --candidates must be at least 2, got "
             f"{c.candidates}"
         )
-    if c.desirable == "positive" and c.reward_norm == "global":
-        raise ConfigError(
-            "--desirable positive is about the rewards as they are: leave --reward-norm global away"
-        )
-    if c.share_networks and c.value_lr is not None:
-        raise ConfigError(
-            "--value-lr is of a value network of its own: leave it or --share-networks away"
-        )
+    if reason := row.conflict(c):
+        raise ConfigError(reason)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this torch sees no CUDA GPU")
 
+    # What depends on the machine and on the folders that are there.
     device = c.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -249,10 +252,16 @@ def _check_size(c: Config) -> None:
         )
 
 
-def compares_lists(c: Config) -> str:
+def why_lists(c: Config) -> str:
     """Why the objective can't learn from single responses; empty where it can."""
     needs = OBJECTIVES[c.objective].needs
     return next((NEEDS[need] for need in ("lists", "pairs") if need in needs), "")
+
+
+def learn_from_singles() -> list[str]:
+    """The objectives that need no lists."""
+    rows = OBJECTIVES.items()
+    return [name for name, row in rows if row.loss and not row.needs & {"lists", "pairs"}]
 
 
 def with_settings_of_the_data(c: Config, rewards: list[float]) -> Config:
@@ -353,6 +362,7 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"train.py: {short(message)}; --help lists the options")
     for f in dataclasses.fields(Config):
@@ -393,24 +403,37 @@ def _help(option: dataclasses.Field) -> str:
     return f"{text} (default {'; '.join(shown)})"
 
 
-def _resumed(given: dict[str, Any]) -> Config:
-    """The Config of the run that is resumed; its files may have moved."""
-    run = given.pop("resume")
+def saved_config(run: str) -> Config:
+    """The settings that a run was begun with, from its folder.
+
+    Raises: ConfigError where there are none, or where they are damaged.
+    """
     path = Path(run) / "config.json"
     if not path.exists():
         raise ConfigError(
-            f"--resume {short(run)}: no config.json in it, expected the folder of a run, such as "
+            f"{short(run)}: no config.json in it, expected the folder of a run, such as "
             "out/lire-dialogue-0"
         )
     if not (saved := read_json(path)):
-        raise ConfigError(
-            f"--resume {run}: {path} is damaged, expected the settings of the run as JSON"
-        )
+        raise ConfigError(f"{path} is damaged, expected the settings of the run as JSON")
     if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
-        raise ConfigError(
-            f"--resume {run}: its config.json is of another version (it has "
-            f"{short(', '.join(sorted(unknown)))})"
-        )
+        names = short(", ".join(sorted(unknown)))
+        raise ConfigError(f"{path} is of another version (it has {names})")
+    config = Config(**saved)
+    try:
+        _check_values(config)
+    except ConfigError as e:
+        raise ConfigError(f"{path} is damaged ({e})") from None
+    return config
+
+
+def _resumed(given: dict[str, Any]) -> Config:
+    """The Config of the run that is resumed; its files may have moved."""
+    run = given.pop("resume")
+    try:
+        saved = vars(saved_config(run))
+    except ConfigError as e:
+        raise ConfigError(f"--resume {e}") from None
     if given.get("device") == "auto":
         del given["device"]  # the run has chosen one
     if "out" in given:
@@ -421,9 +444,4 @@ def _resumed(given: dict[str, Any]) -> Config:
             f"--resume {run}: that run has another config ({changed}); leave these options out, or "
             "start a new run"
         )
-    config = Config(**(saved | moved | {"resume": run, "out": run}))
-    try:
-        _check_values(config)
-    except ConfigError as e:
-        raise ConfigError(f"--resume {run}: {path} is damaged ({e})") from None
-    return config
+    return Config(**(saved | moved | {"resume": run, "out": run}))

@@ -193,11 +193,11 @@ def against_the_optimum(
         "kl_from_optimum": dro.kl_divergence(optimum, log_w).mean().item(),  # KL(pi*, policy)
         "optimum_kl": dro.kl_divergence(optimum, log_b).mean().item(),  # KL(pi*, reference)
     }
-    if not state.value:
+    if not state.value_network:
         return metrics, {}
     with torch.no_grad(), precision(c):
         batch = prompt_batch(c, world, examples)
-        values = prompt_values(c, state.value, batch).double().cpu()  # [B]
+        values = prompt_values(c, state.value_network, batch).double().cpu()  # [B]
     metrics["value_error"] = (values - optimal_values).abs().mean().item()
     metrics["value_correlation"] = correlation(values, optimal_values).item()
     return metrics, {"value": values.tolist(), "optimal_value": optimal_values.tolist()}
@@ -401,7 +401,7 @@ def side_by_side(world: World, answers: Answers, prompts: int = 3, each: int = 3
             for ids in responses[:each]:
                 text = decode(world, ids).strip()
                 reward = f"{world.task.reward(example.prompt, text):6.2f}" if world.task else ""
-                lines.append(f"  {who:9} {reward}  {text}")
+                lines.append(f"  {who:9} {reward}  {' '.join(text.split())}")
     return "\n".join(lines)
 
 
@@ -425,7 +425,8 @@ def summary(metrics: dict) -> str:
         rows = {s: [metrics[prefix + s], metrics.get(f"pair_accuracy_{s}")] for s in scores}
         if "longest" in rows:
             rows["longest"][1] = metrics["longer_accuracy"]
-        rows |= {k: [metrics[k]] for k in ("mean_reward", "best_reward", "kl") if k in metrics}
+        known = [name for name in ("mean_reward", "best_reward", "kl") if name in metrics]
+        notes = ["  ".join(f"{name} {metrics[name]:.3f}" for name in known)]
     lines = [" " * 18 + "".join(f"{column:>15}" for column in columns)]
     for name, values in rows.items():
         shown = ["-" if value is None else f"{value:.3f}" for value in values]

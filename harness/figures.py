@@ -126,8 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("run", help="folder of a finished run of train.py")
     try:
         print(draw(parser.parse_args().run))
-    except FileNotFoundError as e:
+    except (OSError, ValueError) as e:
         sys.exit(
-            f"figures: {e.filename} is not there, expected the folder of a finished run, such as "
-            "out/lire-dialogue-0"
+            f"figures: {e}; expected the folder of a finished run, such as out/lire-dialogue-0"
         )

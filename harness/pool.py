@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import data
 import model as models
 from data import DataError, Example, Task
-from harness.config import Config, ConfigError, compares_lists
+from harness.config import Config, ConfigError, learn_from_singles, why_lists
 
 
 @dataclass
@@ -103,11 +103,11 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
             f"{', '.join(c.data)}: {len(records)} lists to train on and {len(heldout)} held out, "
             "expected some of both: give more lists, or held-out ones with --eval-data"
         )
-    if reason := compares_lists(c):
+    if reason := why_lists(c):
         if all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
                 f"--objective {c.objective} {reason}, and every list here has a single response: "
-                "it can't learn (--objective dro and kto can)"
+                f"it can't learn (--objective {' and '.join(learn_from_singles())} can)"
             )
         if all(len(set(r["rewards"][: c.candidates])) < 2 for r in records):
             raise ConfigError(
@@ -129,6 +129,17 @@ def rng(seed: int, *names: Any, device: str = "cpu") -> torch.Generator:
 def precision(c: Config) -> torch.autocast:
     """Autocast to bfloat16 where asked, for policy and reference alike: they agree at step 0."""
     return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
+
+
+def set_numerics(c: Config) -> None:
+    """Plain float32 products, and on a CPU no subnormal numbers.
+
+    A saturated softmax sends those back through the network, and a CPU multiplies them a hundred
+    times slower.
+    """
+    if c.device == "cpu":
+        torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("highest")
 
 
 def with_responses(examples: list[Example], lists: list) -> list[Example]:
@@ -215,7 +226,7 @@ def own_lists(c: Config, world: World) -> list[Example]:
 def comparable(c: Config, lists: list[Example]) -> list[Example]:
     """The lists that hold a response, or two where the objective compares them."""
     lists = [e for e in lists if e.response_ids]
-    if not compares_lists(c):
+    if not why_lists(c):
         return lists
     whole = [e for e in lists if len(e.response_ids) > 1]
     if single := len(lists) - len(whole):
@@ -306,7 +317,7 @@ def describe_pool(
         f"{metrics['lists/distinct']:.0%} different, {tied:.0%} of the lists tied; reward "
         f"{sum(rewards) / len(rewards):.3f}, best of a list {best:.3f} ({units})"
     )
-    if tied > 0.5 and compares_lists(c):
+    if tied > 0.5 and why_lists(c):
         line += (
             f"\n{name}: {tied:.0%} of its lists hold a single reward, and so teach nothing; more "
             "--candidates or a higher --sample-temperature would show differences"

@@ -119,17 +119,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def set_numerics(c: Config) -> None:
-    """Plain float32 products, and on a CPU no subnormal numbers.
-
-    A saturated softmax sends those back through the network, and a CPU multiplies them a hundred
-    times slower.
-    """
-    if c.device == "cpu":
-        torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("highest")
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 PLAIN = "reference step round_index generated reward_scale pool_metrics".split()  # of a State
@@ -178,8 +167,8 @@ def restore(state: Any, checkpoint: dict) -> None:
         for name in PLAIN:
             setattr(state, name, checkpoint[name])
         state.policy.load_state_dict(checkpoint["policy"])
-        if state.value:
-            state.value.load_state_dict(checkpoint["value"])
+        if state.value_network:
+            state.value_network.load_state_dict(checkpoint["value"])
         if state.step:
             state.optimizer.load_state_dict(checkpoint["optimizer"])
     except (KeyError, ValueError, RuntimeError) as e:
@@ -242,8 +231,8 @@ class Run:
         checkpoint = {name: getattr(state, name) for name in PLAIN}
         checkpoint["policy"] = state.policy.state_dict()
         checkpoint["optimizer"] = state.optimizer.state_dict()
-        if state.value:
-            checkpoint["value"] = state.value.state_dict()
+        if state.value_network:
+            checkpoint["value"] = state.value_network.state_dict()
         checkpoint |= {"config": run_settings(self.c), "key": self.key}
         checkpoint["digest"] = digest_of(checkpoint)
         save(checkpoint, Path(self.c.out) / "checkpoint.pt")

@@ -46,7 +46,7 @@ def objective_inputs(
     c: Config, world: World, state: Any, reference: nn.Module, batch: Batch, logps: Tensor
 ) -> Inputs:
     """x of a batch and its log-probs [B, M], with V(x) and mismatched pairs where needed."""
-    values = prompt_values(c, state.value, batch) if state.value else None  # [B]
+    values = prompt_values(c, state.value_network, batch) if state.value_network else None  # [B]
     mismatched = None
     if "mismatched" in OBJECTIVES[c.objective].needs:
         mismatched = mismatched_logps(world, state.policy, reference, batch)
