@@ -15,8 +15,19 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
+def short(value: object, most: int = 80) -> str:
+    """A value as a message shows it: on one line, and of a long one the beginning and the end."""
+    text = " ".join(str(value).splitlines())
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]} ... {text[5 - most // 2 :]}"
+
+
 class DataError(ValueError):
-    """Something is wrong with the data; the message names file and line."""
+    """Something is wrong with the data; the message, one line, names file and line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(short(message, 300))
 
 
 def load(paths: list[str], limit: int = 0, say: Callable[[str], None] = print) -> list[dict]:
@@ -147,17 +158,11 @@ def _field(row: dict, name: str, kind, expected: str, form: str):
     return row[name]
 
 
-def _short(value) -> str:
-    """A value as it is shown in a message, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _number(value, where: str) -> float:
     """A finite number; up to 1e30, because it is squared in float32."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= 1e30:
-        raise DataError(f"{where} is {_short(value)}, expected a finite number (up to 1e30)")
+        raise DataError(f"{where} is {short(repr(value))}, expected a finite number (up to 1e30)")
     return float(value)
 
 
@@ -207,7 +212,8 @@ def _thumb_up(label) -> bool:
         return label
     if not isinstance(label, (int, float)):
         raise DataError(
-            f"'label' is {_short(label)}, expected true or false, or a number (thumbs up above 0)"
+            f"'label' is {short(repr(label))}, expected true or false, or a number (thumbs up "
+            "above 0)"
         )
     return _number(label, "'label'") > 0
 
@@ -226,10 +232,10 @@ def read_copa(row: dict) -> dict:
     """
     asks = _field(row, "asks-for", str, '"cause" or "effect"', COPA)
     if asks not in ("cause", "effect"):
-        raise DataError(f'\'asks-for\' is {_short(asks)}, expected "cause" or "effect"')
+        raise DataError(f'\'asks-for\' is {short(repr(asks))}, expected "cause" or "effect"')
     right = str(_field(row, "most-plausible-alternative", (str, int), "1 or 2", COPA))
     if right not in ("1", "2"):
-        raise DataError(f"'most-plausible-alternative' is {_short(right)}, expected 1 or 2")
+        raise DataError(f"'most-plausible-alternative' is {short(repr(right))}, expected 1 or 2")
     question = "Why?" if asks == "cause" else "So what?"
     rated = _field(row, "human-explanations", list, "a list of explanations", COPA)
     if not all(isinstance(explanation, dict) for explanation in rated):

@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
+from formats import short
 from objectives import NEEDS, OBJECTIVES
 from tasks import TASKS
 
 
 class ConfigError(ValueError):
     """A setting is impossible; the message is one line for the person who set it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(short(message, 300))
 
 
 def option(default: Any, text: str, choices: Collection = (), positive: bool = False) -> Any:
@@ -198,18 +202,12 @@ SMALLEST, LARGEST = 1e-9, 1e9  # of any positive number
 MOST_WEIGHTS = 2e9  # of a model
 
 
-def kind_of(f: dataclasses.Field) -> type:
+def kind_of(option: dataclasses.Field) -> type:
     """The type of an option's value: int, float, bool, str or list."""
-    kind = f.type
+    kind = option.type
     if isinstance(kind, types.UnionType):  # float | None
         kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
     return typing.get_origin(kind) or kind
-
-
-def short(value: Any) -> str:
-    """A value as it is shown in a message, cut to 80 characters."""
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_values(config: Config) -> None:
@@ -221,13 +219,15 @@ def _check_values(config: Config) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole if kind is int else isinstance(value, kind) or kind is float and whole):
             raise ConfigError(f"{flag(f.name)} {short(repr(value))}: expected {kind.__name__}")
+        if kind is list and not all(isinstance(path, str) for path in value):
+            raise ConfigError(f"{flag(f.name)} {short(repr(value))}: expected names of files")
         if choices and value not in choices:
             raise ConfigError(
                 f"{flag(f.name)} {short(repr(value))}: choose from {', '.join(choices)}"
             )
         if kind not in (int, float):
             continue
-        if not math.isfinite(value):
+        if not abs(value) < math.inf:  # math.isfinite fails at an int of 400 digits
             raise ConfigError(f"{flag(f.name)} must be finite, got {value}")
         if f.metadata["positive"] and not value > 0:
             raise ConfigError(f"{flag(f.name)} must be positive, got {short(value)}")
@@ -280,7 +280,7 @@ def with_settings_of_the_data(c: Config, rewards: list[float]) -> Config:
 
 def _free_folder(c: Config) -> str:
     """out/<objective>-<data>-<seed>, or with -2 and so on where that holds a run already."""
-    data = Path(c.data[0]).name.split(".")[0] if c.data else c.task
+    data = Path(c.data[0]).name.split(".")[0][:80] if c.data else c.task
     name = f"{c.objective}-{data}-{c.seed}"
     folders = (Path("out") / (name if k == 1 else f"{name}-{k}") for k in itertools.count(1))
     return str(next(folder for folder in folders if not (folder / "config.json").exists()))
@@ -367,15 +367,18 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
     parser.error = lambda message: sys.exit(f"train.py: {short(message)}; --help lists the options")
     for f in dataclasses.fields(Config):
         parser.add_argument(flag(f.name), help=_help(f).replace("%", "%%"), **_argument(f))
-    given = vars(parser.parse_args(argv))
+    try:
+        given = vars(parser.parse_args(argv))
+    except ValueError:  # argparse strips the -- of --heads=--, and misses it
+        raise ConfigError("-- is no value of an option; --help lists the options") from None
     if "data" in given and "task" in given:
         raise ConfigError("--task makes the data and --data reads them: give one of the two")
     return _resumed(given) if "resume" in given else Config(**given)
 
 
-def _argument(f: dataclasses.Field) -> dict[str, Any]:
+def _argument(option: dataclasses.Field) -> dict[str, Any]:
     """What argparse has to know of a field."""
-    kind = kind_of(f)
+    kind = kind_of(option)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is list:

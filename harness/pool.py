@@ -242,16 +242,16 @@ def under_other_prompts(lists: list[Example], generator: torch.Generator) -> lis
     return [dataclasses.replace(e, prompt_ids=lists[i].prompt_ids) for e, i in zip(lists, others)]
 
 
-def best_and_worst(e: Example) -> Example:
+def best_and_worst(example: Example) -> Example:
     """The list with the first of its best and the first of its worst responses alone.
 
     Where all earn the same, it is the first two, which teach nothing.
     """
-    best = e.rewards.index(max(e.rewards))
-    worst = e.rewards.index(min(e.rewards))
+    responses, rewards = example.response_ids, example.rewards
+    best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
     pair = [best, worst] if best != worst else [0, 1]
     return dataclasses.replace(
-        e, response_ids=[e.response_ids[i] for i in pair], rewards=[e.rewards[i] for i in pair]
+        example, response_ids=[responses[i] for i in pair], rewards=[rewards[i] for i in pair]
     )
 
 
