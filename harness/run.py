@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data import DataError
+from formats import short
 from harness.config import FILES, Config, ConfigError, difference, read_object, run_settings
 from objectives import OBJECTIVES
 
@@ -37,8 +38,9 @@ def save(content: Any, path: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:  # torch.save tells of a full disk by a RuntimeError
-        part.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written ({reason_of(e)})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def reason_of(error: BaseException) -> str:
@@ -56,13 +58,14 @@ def digest_of(content: Any) -> str:
             digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
             digest.update(whole.flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
+            digest.update(f"dict {len(value)}:".encode())
             for name, item in value.items():
                 digest.update(f"{name!r}:".encode())
                 add(item)
         elif isinstance(value, list) and any(isinstance(item, nested) for item in value):
+            digest.update(f"list {len(value)}:".encode())
             for item in value:
                 add(item)
-            digest.update(f"{len(value)}".encode())
         else:  # a plain value, or a list of token ids
             digest.update(repr(value).encode())
 
@@ -93,8 +96,10 @@ def remove_parts(folder: Path) -> None:
     for part in folder.glob("*.part"):
         process = part.name.split(".")[-2]
         try:
+            if int(process) == os.getpid():  # of one that had our number, as in a container
+                raise ProcessLookupError
             os.kill(int(process), 0)  # asks whether it lives
-        except (ValueError, ProcessLookupError):
+        except (ValueError, OverflowError, ProcessLookupError):
             part.unlink(missing_ok=True)
         except OSError:
             pass  # it lives, and is somebody else's
@@ -121,7 +126,32 @@ def locked(folder: Path) -> Iterator[None]:
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-PLAIN = "reference step round_index generated reward_scale pool_metrics".split()  # of a State
+PLAIN = {  # of a State
+    "reference": str,
+    "step": int,
+    "round_index": int,
+    "generated": list | None,
+    "reward_scale": list | None,
+    "pool_metrics": dict | None,
+}
+PARTS = PLAIN | dict.fromkeys(("policy", "optimizer", "config", "key"), dict)
+
+
+def read_checkpoint(path: Path, device: str) -> dict:
+    """What Run.save has written there.
+
+    Raises: ConfigError where it is damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint.pop("digest", None) != digest_of(checkpoint):
+            raise ValueError("its content does not match its digest")
+        for name, kind in PARTS.items():
+            if name not in checkpoint or not isinstance(checkpoint[name], kind):
+                raise ValueError(f"its part {name} is missing or of another kind")
+    except Exception as e:  # damaged files fail in many ways
+        raise ConfigError(f"{path} is damaged or of another version ({reason_of(e)})") from None
+    return checkpoint
 
 
 def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
@@ -135,26 +165,21 @@ def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
     if not path.exists():
         print(f"{c.resume} has no checkpoint yet: starting over")
         return None
-    try:
-        checkpoint = torch.load(path, map_location=c.device, weights_only=True)
-        if checkpoint.pop("digest") != digest_of(checkpoint):
-            raise ValueError("its content does not match its digest")
-        if not 0 <= checkpoint["step"] <= c.steps:
-            raise ValueError(f"it is of step {checkpoint['step']}, the run has {c.steps}")
-        there, old_key, texts = checkpoint["config"], checkpoint["key"], checkpoint["key"]["texts"]
-    except Exception as e:  # damaged files fail in many ways
-        raise ConfigError(f"--resume {c.resume}: {path} is damaged ({reason_of(e)})") from None
-    here = run_settings(c)
-    there, here = ({k: v for k, v in d.items() if k not in FILES} for d in (there, here))
+    checkpoint = read_checkpoint(path, c.device)
+    step, old_key = checkpoint["step"], checkpoint["key"]
+    both = checkpoint["config"], run_settings(c)
+    there, here = ({k: v for k, v in d.items() if k not in FILES} for d in both)
     if changed := difference(there, here):
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({changed})")
-    if texts != key["texts"]:
+    if not 0 <= step <= c.steps:
+        raise ConfigError(f"{path} is damaged (it is of step {step}, the run has {c.steps})")
+    if old_key.get("texts") != key["texts"]:
         raise ConfigError(
             f"--resume {c.resume}: its data have changed since the checkpoint was written"
         )
     if changed := difference(old_key, key):
         print(f"note: the run goes on, but not bit by bit as it would have ({changed})")
-    print(f"going on from step {checkpoint['step']} of {c.steps}")
+    print(f"going on from step {step} of {c.steps}")
     return checkpoint
 
 
@@ -171,7 +196,10 @@ def restore(state: Any, checkpoint: dict) -> None:
             state.value_network.load_state_dict(checkpoint["value"])
         if state.step:
             state.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (KeyError, ValueError, RuntimeError) as e:
+        for parameter, moments in state.optimizer.state.items():  # torch does not compare them
+            if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
+                raise ValueError("its optimizer is of another size")
+    except Exception as e:
         raise ConfigError(f"the checkpoint does not fit this run ({reason_of(e)})") from None
 
 
@@ -208,10 +236,10 @@ class Run:
         lines = []
         if step and path.exists():
             lines = path.read_text(errors="replace").splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
+        for line in lines:
             row = read_object(line)
-            if row is None or not isinstance(row.get("step"), int) or not line.endswith("\n"):
-                damaged += number < len(lines)  # a kill may leave half of the last line
+            if not row or not isinstance(row.get("step"), int) or not line.endswith("\n"):
+                damaged += line.endswith("\n")  # a kill may leave half of the last line
             elif row["step"] <= step:
                 kept.append(line)
         if damaged:
@@ -306,13 +334,15 @@ def run_script(name: str, script: Callable[[], Any]) -> None:
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal shows something
     try:
-        script()
-        sys.stdout.flush()
+        try:
+            script()
+        finally:
+            sys.stdout.flush()  # here, where a broken pipe is caught
     except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ConfigError, DataError, FloatingPointError, OSError) as e:
-        sys.exit(f"{name}: {e}")
+        sys.exit(short(f"{name}: {e}", 300))
     except KeyboardInterrupt as e:
         way_on = "python train.py --resume RUN goes on from the last checkpoint, if there is one"
         sys.exit(f"\ninterrupted: {e or way_on}")
