@@ -28,14 +28,14 @@ from torch import Tensor
 import frontier
 from experiments.cells import FOLDER, folder_of, run_cells, write_results
 from experiments.tables import mean_and_spread
-from harness.config import resolve
+from harness.config import ConfigError, resolve
 from harness.evaluation import reward_tensor
 from harness.pool import make_world, rng, sample_lists, score_lists, with_responses
 from harness.reference import new_model
 from harness.run import run_script
 from harness.update import finite
 from objectives import OBJECTIVES
-from train import Config, ConfigError
+from train import Config
 
 # What sets the strength of an objective, and its values in the grid, weak KL penalty last. Others
 # have their own strength option, at its default.

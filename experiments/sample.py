@@ -4,7 +4,6 @@ python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford s
 """
 
 import argparse
-import pickle
 import random
 from pathlib import Path
 
@@ -12,18 +11,18 @@ import torch
 
 import data
 from data import Example, Task
-from harness.config import saved_config
+from harness.config import ConfigError, command_line
 from harness.evaluation import side_by_side
 from harness.pool import World, rng, sample_lists
-from harness.reference import new_model
-from harness.run import reason_of, run_script
-from train import ConfigError
+from harness.reference import get_reference, new_model
+from harness.run import read_checkpoint, reason_of, run_script
 
 
 def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float = 1.0) -> str:
     """Answers to a prompt, `count` of each model, with rewards where the task can score them.
 
-    Raises: ConfigError where `run` is not the folder of a run, or the prompt is empty or too long.
+    Raises: ConfigError where `run` is not the folder of a run or is damaged, or the prompt is empty
+        or too long.
     """
     folder = Path(run)
     if not (folder / "checkpoint.pt").exists():
@@ -31,11 +30,14 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
             f"{run}: no checkpoint.pt in it, expected the folder of a run, such as "
             "out/lire-dialogue-0"
         )
-    c = saved_config(run)
-    if not torch.cuda.is_available():
-        c.device = "cpu"
+    c = command_line([f"--resume={run}"])
+    c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
+    checkpoint = read_checkpoint(folder / "checkpoint.pt", c.device)
     if c.tokenizer == "bpe":
-        enc = data.encoding(data.load_ranks(folder / "tokenizer.txt"))
+        try:
+            enc = data.encoding(data.load_ranks(folder / "tokenizer.txt"))
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{folder / 'tokenizer.txt'} is damaged ({reason_of(e)})") from None
     else:
         enc = data.gpt2_encoding()
     task = None if c.data else data.make_task(c.task, random.Random(c.seed))
@@ -49,16 +51,13 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
     ids = enc.encode_ordinary(prompt)
     if not ids or len(ids) > c.max_prompt:
         raise ConfigError(f"--prompt has {len(ids)} tokens, expected 1 to {c.max_prompt}")
+    policy, reference = new_model(c, world).eval(), get_reference(c, world, {}, checkpoint)
+    try:
+        policy.load_state_dict(checkpoint["policy"])
+    except RuntimeError as e:
+        raise ConfigError(f"checkpoint.pt and config.json differ ({reason_of(e)})") from None
     example, lists = Example(prompt, ids, [], []), {}
-    for who, file in (("policy", "checkpoint.pt"), ("reference", "reference.pt")):
-        model = new_model(c, world).eval()
-        try:
-            saved = torch.load(folder / file, map_location=c.device, weights_only=True)
-            model.load_state_dict(saved["policy"] if who == "policy" else saved)
-        except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as e:
-            raise ConfigError(
-                f"{folder / file} is damaged or of another version ({reason_of(e)})"
-            ) from None
+    for who, model in (("policy", policy), ("reference", reference)):
         generator = rng(seed, "sample", device=c.device)
         lists[who] = sample_lists(c, world, model, [example], count, generator, temperature)[0]
     note = "" if world.task or not task else f"({c.task} has no reward for this prompt)\n"
