@@ -14,6 +14,7 @@ import train
 from harness import pool
 from harness.config import ConfigError, resolve
 from harness.evaluation import enumerate_responses
+from objectives import OBJECTIVES
 
 # ------------------------------------------------------------------------------------------- worlds
 
@@ -154,6 +155,60 @@ def test_a_pool_gives_each_pass_in_an_order_of_its_own_that_no_resume_can_change
     assert [again.batch(n) for n in (8, 3, 11)] == [batches[n] for n in (8, 3, 11)]
     for other in (pool.Pool(examples, 2, 4, seed=0), pool.Pool(examples, 1, 4, seed=1)):
         assert [other.batch(n) for n in range(6)] != batches[:6]
+
+
+def example(rewards, responses=None):
+    """A list of these rewards, by default of different responses."""
+    responses = responses or [[index] for index in range(len(rewards))]
+    return data.Example("x", [1], responses, rewards)
+
+
+def test_different_candidates_and_tied_lists_are_counted_by_hand():
+    lists = [
+        example([1.0, 1.0, 1.0, 1.0], [[5, 6], [5, 6], [5], [6, 5]]),  # 3 of 4 differ
+        example([0.0, 0.5], [[7], [7]]),  # the same twice
+        example([-1.0, 2.0, -1.0]),  # all differ
+        example([0.5, 0.5]),
+    ]
+    shares = pool.pool_metrics(lists)
+    assert shares == {"lists/distinct": (3 / 4 + 1 / 2 + 1 + 1) / 4, "lists/tied": 2 / 4}
+
+
+def describe(objective, tied, lists):
+    """What is said of a pool where so many lists hold a single reward."""
+    c = resolve(small("unused", objective=objective))
+    examples = [example([1.0, 1.0] if index < tied else [0.0, 2.0]) for index in range(lists)]
+    shares = pool.pool_metrics(examples)
+    return pool.describe_pool(c, untrained()[1], 0, examples, shares).splitlines()
+
+
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.loss])
+def test_tied_lists_are_in_the_pools_line_and_said_aloud_above_one_half(objective):
+    lists = 10
+    compares = bool({"lists", "pairs"} & OBJECTIVES[objective].needs)
+    for tied, aloud in ((0, False), (5, False), (6, True), (10, True)):
+        line, *more = describe(objective, tied, lists)
+        assert line.startswith("pool 1/2: 10 lists of 2.0 responses, 100% different, ")
+        assert f" {tied / lists:.0%} of the lists tied; reward 1.000, best of a list " in line
+        assert bool(more) == (aloud and compares)
+        for said in more:
+            assert f"{tied}0% of its lists hold a single reward, and so teach nothing" in said
+
+
+@pytest.mark.parametrize(
+    "rewards, pair",
+    [
+        ([1.0, 3.0, 2.0, 0.0], [1, 3]),
+        ([0.0, 3.0, 3.0, 0.0], [1, 0]),  # the first of the best, the first of the worst
+        ([2.0, 1.0], [0, 1]),
+        ([1.0, 2.0], [1, 0]),
+        ([1.0, 1.0, 1.0], [0, 1]),  # a tie
+    ],
+)
+def test_a_pair_is_the_first_best_and_the_first_worst_response(rewards, pair):
+    chosen = pool.best_and_worst(example(rewards))
+    assert chosen.response_ids == [[index] for index in pair]
+    assert chosen.rewards == [rewards[index] for index in pair]
 
 
 def test_rewards_are_put_on_a_scale_where_there_is_one():

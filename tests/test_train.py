@@ -1,15 +1,20 @@
 """The state, the pool of a round, and the loop over them."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from runs import LISTS, checkpoint, log, loop_state, same, small, weights, write
 
+import data
+import model
 import tasks
 import train
-from harness.config import ConfigError
-from harness.pool import score_lists
+from harness import pool, update
+from harness.config import ConfigError, resolve
+from harness.pool import precision, score_lists
+from objectives import OBJECTIVES, best_and_worst
 
 # -------------------------------------------------------------------------------------------- state
 
@@ -70,13 +75,14 @@ def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
 
 
 def test_a_pool_is_rewarded_and_scored_under_the_reference():
-    c, world, state, reference = loop_state(steps=4, evolve=1, candidates=3)
+    c, world, state, reference = loop_state(objective="dro", steps=4, evolve=1, candidates=3)
     pool = train.make_pool(c, world, state, reference, 0)
     assert (pool.round_index, state.round_index, len(pool.examples)) == (0, 0, 16)
     scores = score_lists(c, world, reference, pool.examples)
     for example, row in zip(pool.examples, scores):
         texts = [world.enc.decode(ids[:-1]) for ids in example.response_ids]
-        assert example.rewards == [world.task.reward(example.prompt, text) for text in texts]
+        rewards = [world.task.reward(example.prompt, text) for text in texts]
+        assert example.rewards == pytest.approx(train.normalise(rewards, state.reward_scale))
         assert example.ref_logps == pytest.approx(row, abs=1e-5)
     assert all(e.ref_logps is None and e.rewards == [] for e in world.train)  # nothing overwritten
 
@@ -175,6 +181,109 @@ def test_a_first_pool_of_one_reward_ends_the_run_and_a_later_one_does_not(object
 
 
 # ----------------------------------------------------------------------------------------- the loop
+
+
+def trained(tmp_path, monkeypatch, objective, **settings):
+    """What three steps of a run score, each (who, M), in the pool and in the updates, and its log.
+
+    Returns: pool, updates, (batch, x) of every row of the log, the rows, reference.
+    """
+    own = {"evolve": 1, "candidates": 5, "steps": 3, "eval_prompts": 2}
+    c, world, state, reference = loop_state(
+        objective=objective, out=str(tmp_path / "run"), **own, **settings
+    )
+    (tmp_path / "run").mkdir()
+    scored, batches, seen, rows = {"pool": [], "update": []}, [], [], []
+    real = model.response_logps
+    names = {id(state.policy): "policy", id(reference): "reference"}
+
+    def noting(where):
+        def response_logps(model, batch, allowed=None):
+            scored[where].append((names[id(model)], batch.rewards.shape[1]))
+            return real(model, batch, allowed)
+
+        return response_logps
+
+    def metrics(c, state, x, losses, norms):
+        seen.append((batches[-1], x))
+        rows.append(update.step_metrics(c, state, x, losses, norms))
+        return rows[-1]
+
+    batch_of = lambda *given: batches.append(data.make_batch(*given)) or batches[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.models, "response_logps", noting("pool"))
+        patch.setattr(train, "response_logps", noting("update"))
+        patch.setattr(train, "quick_evaluation", lambda *given: {})
+        patch.setattr(train, "make_batch", batch_of)
+        patch.setattr(train, "step_metrics", metrics)
+        patch.setattr(train.Run, "save", lambda run, state: None)
+        run = train.Run(c, {}, 0.0)
+        train.train_policy(dataclasses.replace(c, eval_every=1), world, state, reference, run)
+    return world, scored["pool"], scored["update"], seen, rows, reference
+
+
+@pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.loss])
+def test_what_an_objective_needs_is_scored_and_nothing_else(tmp_path, monkeypatch, objective):
+    needs = OBJECTIVES[objective].needs
+    _, pool, updates, seen, rows, _ = trained(tmp_path, monkeypatch, objective)
+    M = 2 if "pairs" in needs else 5
+    assert set(pool) == ({("reference", M)} if "reference" in needs else set())
+    assert updates == [("policy", M)] * 3
+    for batch, _ in seen:
+        assert batch.rewards.shape == (4, M) and batch.candidate_mask.all()
+    assert len(rows) == 3 and all("rewards/margins" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "objective, settings",
+    [
+        ("lire", {}),
+        ("rrhf", {}),
+        ("slic", {}),
+        ("pro", {}),
+        ("lire", {"model": "t5"}),
+        ("lire", {"dtype": "bfloat16"}),
+        ("slic", {"model": "t5", "dtype": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_the_log_compares_with_the_reference_where_the_objective_does_not(
+    tmp_path, monkeypatch, objective, settings
+):
+    assert "reference" not in OBJECTIVES[objective].needs
+    world, _, _, seen, rows, reference = trained(tmp_path, monkeypatch, objective, **settings)
+    for (batch, x), row in zip(seen, rows):
+        with torch.no_grad(), precision(resolve(small("unused", **settings))):
+            expected = model.response_logps(reference, batch, world.allowed)
+        assert torch.equal(x.ref_logps, expected)
+        ratios = x.logps - expected
+        if "rewards/implied" in row:
+            assert row["rewards/implied"] == ratios[x.mask].mean().item()
+        for name, places in zip(("chosen", "rejected"), best_and_worst(x)):
+            assert len(places[0]) and row[f"rewards/{name}"] == ratios[places].mean().item()
+    names = ("rewards/implied", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    assert {rows[0][name] for name in names if name in rows[0]} == {0}
+    assert rows[2]["rewards/chosen"] != 0 != rows[2]["rewards/margins"]
+
+
+def test_pairs_are_of_the_lists_that_the_pool_line_counts(tmp_path, capsys):
+    """The best and the worst of each list; of a tie, the first two."""
+    lists = [
+        {"prompt": f"{i}?", "responses": ["a", "b", "c"], "rewards": rewards}
+        for i, rewards in enumerate(([0, 2, 1], [1, 0, 1], [3, 3, 3], [5, 5, 6]) * 15)
+    ]
+    settings = {"objective": "dpo", "data": [write(tmp_path, *lists)]}
+    c, world, state, reference = loop_state(**settings)
+    pool = train.make_pool(c, world, state, reference, 0)
+    said = capsys.readouterr().out
+    assert "lists of 3.0 responses, 100% different" in said and "reward" in said
+    pairs = {(0, 2, 1): "ba", (1, 0, 1): "ab", (3, 3, 3): "ab", (5, 5, 6): "ca"}
+    rewards = {e.prompt: tuple(map(int, e.rewards)) for e in world.logged}
+    for e in pool.examples:
+        texts = "".join(world.enc.decode(ids[:-1]).strip() for ids in e.response_ids)
+        assert texts == pairs[rewards[e.prompt]] and len(e.ref_logps) == 2
+    tied = sum(len(set(own)) == 1 for own in rewards.values()) / len(rewards)
+    assert state.pool_metrics == {"lists/distinct": 1, "lists/tied": tied} and 0.1 < tied < 0.4
 
 
 def test_sample_temperature_changes_the_pool_and_clip_the_step(tmp_path):

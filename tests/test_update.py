@@ -10,7 +10,7 @@ from runs import loop_state
 import data
 from harness import update
 from harness.evaluation import enumerate_responses
-from harness.pool import score_lists, with_responses
+from harness.pool import pool_metrics, score_lists, with_responses
 from model import response_logps
 from objectives import OBJECTIVES, total
 
@@ -54,6 +54,20 @@ def test_a_gradient_that_is_not_finite_is_refused_and_nothing_is_changed(factor)
     assert (a.item(), b.item()) == (2.0, 3.0)
 
 
+@pytest.mark.parametrize("constant", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_refused_also_where_its_gradient_is(constant):
+    (a,), optimizer = optimizer_of(2.0)
+    with pytest.raises(FloatingPointError, match=f"step 7: loss is {constant}, gradient norm 1$"):
+        update.update(optimizer, (a + constant).sum(), 7, 9, 1.0)
+    assert a.item() == 2.0
+
+
+def test_the_norms_of_all_networks_are_told_where_one_is_not_finite():
+    (a, b), optimizer = optimizer_of(2.0, 3.0)
+    with pytest.raises(FloatingPointError, match="step 1: loss is inf, gradient norm 0.5 and inf$"):
+        update.update(optimizer, (0.5 * a + math.inf * b).sum(), 1, 9, 1.0)
+
+
 # ---------------------------------------------------------------------- what the objective is given
 
 
@@ -89,25 +103,32 @@ def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(
 
 
 def step_of(objective, **settings):
-    """(c, state, x, losses) of a batch of two prompts with three and two candidates."""
+    """(c, state, x, losses, given) of a batch of two prompts with three and two candidates.
+
+    x is what the log is made of, `given` what the objective was given.
+    """
     c, world, state, reference = loop_state(objective=objective, evolve=1, **settings)
     words = enumerate_responses(world)
     examples = with_responses(world.train[:2], [[words[3], words[90], words[200]], words[5:7]])
     for example, rewards in zip(examples, ([0.5, 2.0, -1.0], [1.0, 3.0])):
         example.rewards = rewards
-    scores = score_lists(c, world, reference, examples)
-    examples = [dataclasses.replace(e, ref_logps=row) for e, row in zip(examples, scores)]
+    state.pool_metrics = pool_metrics(examples)
+    if "reference" in OBJECTIVES[objective].needs:
+        scores = score_lists(c, world, reference, examples)
+        examples = [dataclasses.replace(e, ref_logps=row) for e, row in zip(examples, scores)]
     batch = data.make_batch(examples, world.enc.eot_token)
     logps = response_logps(state.policy, batch, world.allowed)
     x = update.objective_inputs(c, world, state, reference, batch, logps)
-    return c, state, x, OBJECTIVES[objective].loss(c, x)
+    losses = OBJECTIVES[objective].loss(c, x)
+    return c, state, update.with_reference(c, world, reference, batch, x), losses, x
 
 
 @pytest.mark.parametrize("objective", [name for name, row in OBJECTIVES.items() if row.loss])
 def test_an_objective_is_given_what_its_row_says_that_it_needs(objective):
-    c, state, x, losses = step_of(objective)
+    _, _, logged, losses, x = step_of(objective)
     needs = OBJECTIVES[objective].needs
-    assert x.logps.shape == x.ref_logps.shape == x.rewards.shape == x.mask.shape == (2, 3)
+    assert x.logps.shape == x.rewards.shape == x.mask.shape == logged.ref_logps.shape == (2, 3)
+    assert (x.ref_logps is not None) == (x is logged) == ("reference" in needs)
     assert x.mask.tolist() == [[True, True, True], [True, True, False]]
     assert x.lengths.tolist() == [[2, 4, 4], [2, 2, 0]] and x.rewards[1].tolist() == [1, 3, 0]
     assert (x.values is not None) == ("values" in needs)
@@ -119,7 +140,7 @@ def test_an_objective_is_given_what_its_row_says_that_it_needs(objective):
 
 
 def test_a_row_says_where_the_run_is_and_how_each_part_of_the_loss_stands():
-    c, state, x, losses = step_of("dro")
+    c, state, x, losses, _ = step_of("dro")
     state.step, state.round_index = 7, 2
     row = update.step_metrics(c, state, x, losses, [0.5, 0.25])
     assert (row["step"], row["round"], row["learning_rate"]) == (7, 2, c.lr)
@@ -127,7 +148,8 @@ def test_a_row_says_where_the_run_is_and_how_each_part_of_the_loss_stands():
     assert row["loss"] == pytest.approx(row["loss/policy"] + row["loss/value"])
     assert row["loss/value"] == pytest.approx(losses["loss/value"].mean().item())
     assert {"rewards/implied", "residual/rms", "value/mean", "rewards/margins"} <= set(row)
-    c, state, x, losses = step_of("lire")
+    assert (row["lists/distinct"], row["lists/tied"]) == (1, 0)
+    c, state, x, losses, _ = step_of("lire")
     row = update.step_metrics(c, state, x, losses, [0.5])
     assert {"candidates/entropy", "rewards/expected", "logps/chosen"} <= set(row)
     assert "value/grad_norm" not in row and "residual/rms" not in row
