@@ -145,6 +145,32 @@ def test_failures_and_collapses_are_told_on_their_row():
     assert "(1 of 2)" in lines[4] and "nan" not in compare.table(results)
 
 
+def test_who_spends_more_than_any_optimum_needs_is_told_on_its_row():
+    good = {name: 1.0 for name in compare.COLUMNS} | {"beyond": False}
+    far = good | {"beyond": True}
+    rows = {"a": [far, good], "b": [far, {**far, "collapsed": True}], "c": [good, good]}
+    lines = compare.table({"reference": [good], "rows": rows}).splitlines()
+    assert lines[3].endswith(" 1 of 2 beyond the optimum's KL |")
+    assert lines[4].endswith(" 1 of 2 collapsed, 2 of 2 beyond the optimum's KL |")
+    assert lines[5].endswith("|  |") and lines[2].endswith("|  |")
+
+
+def test_a_row_is_beyond_where_the_frontier_has_ended(compared, monkeypatch):
+    """No policy of the comparison is; with the frontier cut off at a little KL both are."""
+    results, folder = compared
+    assert [m["beyond"] for found in results["rows"].values() for m in found] == [False, False]
+    monkeypatch.chdir(folder)
+    real = frontier.frontier
+    ended = lambda *given, **how: real(*given, **how)._replace(tau=0.0)
+    monkeypatch.setattr(frontier, "frontier", ended)
+    configs = {
+        row: Config(task="tiny", model="gpt", **OWN, **compare.compare_rows(True)[row])
+        for row in results["rows"]
+    }
+    metrics, _, _ = compare.plane(configs, "heldout", 8)
+    assert [m["beyond"] for m in metrics.values()] == [True, True]
+
+
 def test_the_defaults_are_the_best_of_the_grid():
     results = json.loads((ROOT / "results" / "grid.json").read_text())["results"]
     assert set(results["rows"]) == set(compare.grid_rows())

@@ -152,6 +152,31 @@ def test_pi_star_and_v_star_are_those_of_the_objectives_own_strength():
     assert "kl_from_optimum" not in lire and "value_error" not in lire
 
 
+@pytest.mark.parametrize(
+    "policy, tau, said",
+    [
+        # KL 1.16 nats, where the best response alone costs log 2.
+        ((0.05, 0.05, 0.9), 0, True),
+        ((0.7, 0.2, 0.1), None, False),  # below the end
+        ((0.5, 0.3, 0.2), None, False),  # the reference has no efficiency
+    ],
+)
+def test_efficiency_beyond_the_frontiers_end_is_said_under_the_table(policy, tau, said):
+    log_b, log_w = (torch.tensor([row] * 2).double().log() for row in ((0.5, 0.3, 0.2), policy))
+    rewards = torch.tensor([[1.0, 0.0, -1.0]] * 2).double()
+    best = frontier.frontier(log_b, log_w, rewards)
+    metrics = evaluation.optimum_metrics(dro.kl_divergence(log_w, log_b), best, True)
+    metrics |= dict.fromkeys(set(evaluation.SUMMARY) - set(metrics), 0.5)
+    metrics = evaluation.finite(metrics)
+    assert tau is None or metrics["optimal_tau"] == tau
+    both = metrics | {f"ood_{name}": value for name, value in metrics.items()}
+    last = "no optimum needs more than 0.69 nats, so the efficiency is against the best at that KL"
+    lines = evaluation.summary(both).splitlines()
+    assert lines[-2:] == [f"held out: {last}", f"new subjects: {last}"] or not said
+    assert ("no optimum needs" in evaluation.summary(both)) == said
+    assert math.log(2) == pytest.approx(0.69, abs=0.005)
+
+
 # -------------------------------------------------------------------------------------------- files
 
 

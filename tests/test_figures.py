@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import unittest.mock
 
 import pytest
 from runs import small
@@ -41,6 +42,22 @@ def test_a_run_is_drawn_from_copies_of_its_files(finished, pictures, tmp_path, m
     titles = panels(copied(finished[0], tmp_path / "copy"), pictures, monkeypatch)
     assert {"listwise softmax", "reward against KL", "loss"} <= set(titles)
     assert "value network, held-out prompts" not in titles
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ({"optimal_tau": 0.0, "optimal_kl": 4.52}, " (no optimum needs more than 4.5)"),
+        ({"optimal_tau": 0.3, "optimal_kl": 4.52}, ""),
+        ({"optimal_tau": None, "optimal_kl": None}, ""),
+    ],
+)
+def test_the_axis_says_where_a_policy_is_beyond_the_frontier(finished, own, said):
+    ax, named = unittest.mock.Mock(), {}
+    ax.set = lambda **how: named.update(how)
+    picture = json.loads((finished[0] / "frontier.json").read_text())
+    figures.draw_frontier(ax, picture, [], {**finished[1], **own})
+    assert named["xlabel"] == f"KL to the reference, nats{said}"
 
 
 def test_dro_shows_its_residuals_and_its_values(tmp_path, pictures, monkeypatch):
