@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from runs import LISTS, ROOT, flags, small, sources, write
 
 import data
 import train
-from harness import config
+from harness import config, run
 from harness.config import Config, ConfigError, command_line, resolve, settings_read
 from harness.reference import SETTINGS
 from objectives import OBJECTIVES
@@ -83,6 +84,67 @@ def test_unknown_flags_and_errors_of_the_script_are_one_line(tmp_path):
         assert argv[0] in done.stderr
     with pytest.raises(SystemExit, match=r"^train.py: argument --lr: invalid .*'fast'; --help.*$"):
         command_line(["--lr", "fast"])
+
+
+def refusal(script):
+    """The line that ends a script."""
+    with pytest.raises(SystemExit) as end:
+        run.run_script("train.py", script)
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    assert len(end.value.code) <= 300
+    return end.value.code
+
+
+NUMBERS = [f for f in dataclasses.fields(Config) if config.kind_of(f) in (int, float)]
+
+
+@pytest.mark.parametrize("name", [f.name for f in NUMBERS])
+@pytest.mark.parametrize(
+    "value",
+    ["18446744073709551616", "1e300", "1e-300", "1e13", "-1", "nan", "inf", "--", "1" * 400],
+)
+def test_no_number_ends_in_a_traceback(name, value):
+    (objective, *_) = config.owners(name) or ["lire"]
+    for argv in ([f"{config.flag(name)}={value}"], [config.flag(name), value]):
+        argv = ["--objective", objective, *argv]
+        said = refusal(lambda argv=argv: resolve(command_line(argv)))
+        assert config.flag(name) in said or value == "--"
+    with pytest.raises(ConfigError, match=config.flag(name)):
+        resolve(Config(objective=objective, **{name: -1}))
+    if value != "--" and ("1e" not in value or name != "seed"):
+        number = float(value) if not value.isdecimal() else int(value)
+        with pytest.raises(ConfigError, match=config.flag(name)):
+            resolve(Config(objective=objective, **{name: number}))
+
+
+def test_the_largest_numbers_are_taken_and_a_model_that_no_memory_holds_is_not():
+    assert resolve(Config(seed=2**63 - 1)).seed == 2**63 - 1
+    assert resolve(Config(lr=1e-9, clip=1e9, steps=10**9)).clip == 1e9
+    for own in ({"max_prompt": 10**8}, {"vocab_size": 10**8}, {"layers": 10**5}, {"width": 2**16}):
+        with pytest.raises(ConfigError, match="weights, expected at most 2e.09"):
+            resolve(Config(**own))
+    # 12 weights a layer and square of the width, and one a position or token and width.
+    fits = {"layers": 1, "heads": 1, "width": 10, "vocab_size": 257, "max_response": 1}
+    assert resolve(Config(**fits, max_prompt=2 * 10**8 - 12 * 10 - 258))
+    with pytest.raises(ConfigError, match="weights"):
+        resolve(Config(**fits, max_prompt=2 * 10**8 - 12 * 10 - 257))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+def test_no_refusal_repeats_a_long_value(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long = "x" * 500_000
+    wrong = [long] if config.kind_of(Config.__dataclass_fields__[name]) is list else long
+    own = {"data": ["x.jsonl"]} if name == "eval_data" else {}
+    refusal(lambda: train.main(Config(**own, **{name: wrong})))
+    refusal(lambda: train.main(command_line([f"{config.flag(name)}={long}"])))
+    refusal(lambda: train.main(command_line([f"--{long}", long])))
+    (tmp_path / "config.json").write_text(json.dumps({name: long, long: long}))
+    refusal(lambda: command_line(["--resume", "."]))
+    (tmp_path / "config.json").write_text(json.dumps({name: wrong}))
+    given = ["--resume", ".", f"{config.flag(name)}={'y' * 500_000}"]
+    refusal(lambda: train.main(command_line(given)))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("name", ["dpo", "rrhf"])
@@ -308,15 +370,54 @@ def test_a_resumed_run_takes_its_settings_and_refuses_others(finished):
 @pytest.mark.parametrize(
     "content, message",
     [
+        ("", "config.json is damaged"),
         ("{", "config.json is damaged"),
+        ("{}", "config.json is damaged"),
         ("[1]", "config.json is damaged"),
+        ("null", "config.json is damaged"),
+        ('"seed"', "config.json is damaged"),
+        ("\x00\xff", "config.json is damaged"),
+        ("[" * 100_000, "config.json is damaged"),
+        ('{"seed": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is damaged"),
+        ('{"seed": ' + '{"a": ' * 100_000, "config.json is damaged"),
         ('{"optimizer": "adamw"}', r"of another version \(it has optimizer\)"),
+        ('{"seed": 1, "step": 2}', r"of another version \(it has step\)"),
     ],
+    ids=lambda text: text[:12],
 )
 def test_a_config_that_is_damaged_or_of_another_version_is_refused(tmp_path, content, message):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=message) as error:
         command_line(["--resume", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+RIGHT = {int: (int,), float: (int, float), bool: (bool,), str: (str,), list: (list,)}
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Config()) if name not in ("out", "resume")])
+def test_a_config_of_wrong_types_is_refused_and_null_is_where_nothing_was_given(tmp_path, name):
+    field = Config.__dataclass_fields__[name]
+    values = [True, 3, 0.5, "text", [], [1], [None], ["a", ["b"]], {}, {"a": 1}]
+    for value in values:
+        if type(value) in RIGHT[config.kind_of(field)] and value in ([], *values[:4]):
+            continue
+        (tmp_path / "config.json").write_text(json.dumps({"seed": 0, name: value}))
+        with pytest.raises(ConfigError, match=f"config.json is damaged .*{config.flag(name)} "):
+            command_line(["--resume", str(tmp_path)])
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 0, name: None}))
+    if field.default is None:
+        assert getattr(command_line(["--resume", str(tmp_path)]), name) is None
+    else:
+        with pytest.raises(ConfigError, match=f"config.json is damaged .*{config.flag(name)} None"):
+            command_line(["--resume", str(tmp_path)])
+
+
+def test_a_config_nested_almost_too_deep_is_refused_like_any_other(tmp_path):
+    for depth in range(800, 1000, 3):
+        (tmp_path / "config.json").write_text('{"seed": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(ConfigError, match="config.json is damaged"):
+            command_line(["--resume", str(tmp_path)])
 
 
 def test_flags_and_config_are_the_same_settings(tmp_path):

@@ -202,6 +202,36 @@ def test_a_broken_copa_line_is_named_with_its_file_and_number(tmp_path, case):
     assert error(path).startswith(f"{path}:2: ") and what in error(path)
 
 
+LONG = "x" * 5_000_000
+SINGLE = {"prompt": "Describe the pond.", "response": "Calm.", "reward": 1.0}
+THUMB = {"prompt": "Describe the pond.", "completion": "Calm.", "label": True}
+
+
+@pytest.mark.parametrize("record", [GOOD, COPA, SINGLE, THUMB], ids=["good", "copa", "1", "thumb"])
+def test_a_message_is_short_whatever_stands_in_the_file(tmp_path, record):
+    for name in record:
+        for value in (LONG, [LONG], {LONG: LONG}, [[LONG]], LONG.encode().hex()[:4000]):
+            path = write(tmp_path, record, {**record, name: value})
+            try:
+                load(path)
+            except formats.DataError as e:
+                assert str(e).startswith(f"{path}:") and len(str(e)) <= 300 and "\n" not in str(e)
+    path = write(tmp_path, LONG)
+    assert error(path).startswith(f"{path}:1: not JSON") and len(error(path)) <= 300
+
+
+def test_a_long_path_keeps_its_beginning_and_the_reason(tmp_path):
+    message = error(f"{tmp_path}/{LONG}\n{LONG}")
+    assert message.startswith(str(tmp_path)) and len(message) == 300 and "\n" not in message
+    assert message.endswith("File name too long, expected a readable .jsonl or .jsonl.gz file")
+
+
+def test_a_long_value_is_shown_by_its_beginning_and_its_end():
+    assert formats.short("a\nb") == "a b" and formats.short(80 * "a") == 80 * "a"
+    cut = formats.short(41 * "a" + 41 * "b")
+    assert cut == 40 * "a" + " ... " + 35 * "b" and len(cut) == 80
+
+
 def test_a_file_without_records_or_that_cannot_be_read_is_named(tmp_path):
     assert error(write(tmp_path)).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
     assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:2: no record")

@@ -22,6 +22,45 @@ def test_new_models_depend_on_the_seed_alone():
     assert not same(model.state_dict(), untrained(seed=1)[2].state_dict())
 
 
+def test_a_digest_tells_apart_all_that_a_checkpoint_may_hold():
+    """Numbers, their kinds and shapes, names, and who holds what: no two of these are the same."""
+    zeros = torch.zeros(2, 3)
+    contents = [
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.T},
+        {"a": zeros.view(-1)},
+        {"a": zeros.double()},
+        {"a": zeros.int()},
+        {"a": -zeros},  # another bit
+        {"a": [zeros]},
+        {"a": [zeros, zeros]},
+        {"a": [zeros], "b": [zeros]},
+        {"a": {"b": zeros}},
+        {"a": {"b": zeros, "c": 0}},
+        {"a": {"b": zeros}, "c": 0},
+        {"a": 0},
+        {"a": False},
+        {"a": 0.0},
+        {"a": "0"},
+        {"a": None},
+        {0: None},
+        {"a": [[1, 2], [3]]},
+        {"a": [[1], [2, 3]]},
+        {"a": [[[1, 2]], [[3]]]},
+        {"a": [[[1, 2], [3]]]},
+        {"a": [1, 2, 3]},
+        {"a": []},
+        {"a": [[]]},
+        {"a": {}},
+        {},
+    ]
+    digests = [reference.digest_of(content) for content in contents]
+    assert len(set(digests)) == len(contents)
+    assert digests == [reference.digest_of(content) for content in contents]
+    assert reference.digest_of({"a": zeros.T.contiguous()}) == digests[2]
+
+
 def test_a_digest_tells_one_number_and_one_name_apart():
     one = {"weight": torch.zeros(2, 3)}
     digests = {
@@ -63,6 +102,35 @@ def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
     assert "the nearest one differs in seed, texts, --reference-steps" in capsys.readouterr().out
     next((tmp_path / "reference").glob("*.json")).write_text("{")  # it only serves a message
     train.main(small(tmp_path / "f", steps=1, reference_steps=2))
+
+
+def test_a_damaged_file_in_the_cache_is_trained_again(tmp_path, capsys):
+    settings = {"reference_steps": 1, "out": str(tmp_path / "run")}
+    c, world, _ = untrained(**settings)
+    key = reference.cache_key(c, world)
+    wanted = reference.get_reference(c, world, key).state_dict()
+    (path,) = (tmp_path / "reference").glob("*.pt")
+    whole = path.read_bytes()
+    kept = torch.load(path, weights_only=True)
+    _, _, other = untrained(width=16)
+
+    def saved(content):
+        torch.save(content, path)
+        return path.read_bytes()
+
+    damages = [b"", b"x", whole[:1], whole[: len(whole) // 2], whole[:-1], 3 * b"garbage"]
+    damages += [saved(content) for content in ([], None, {}, kept["weights"])]
+    narrow = other.state_dict()
+    damages += [saved({"weights": narrow, "digest": reference.digest_of(narrow)})]
+    damages += [saved({"weights": kept["weights"], "digest": None}), saved({"digest": "x"})]
+    for damage in damages:
+        path.write_bytes(damage)
+        again = reference.get_reference(c, world, key).state_dict()
+        assert same(wanted, again) and path.read_bytes() != damage
+        said = capsys.readouterr().out
+        assert "is damaged" in said and "training it again" in said and "Traceback" not in said
+    reference.get_reference(c, world, key)
+    assert "(cached)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
