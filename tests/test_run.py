@@ -1,9 +1,13 @@
 """Whole runs: what they leave, nothing lost by a crash, a better policy at the end."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from runs import (
     same,
     small,
     sources,
+    untrained,
     weights,
     write,
 )
@@ -31,8 +36,9 @@ from runs import (
 import train
 from data import DataError
 from harness import run
-from harness.config import ConfigError, command_line
+from harness.config import ConfigError, command_line, resolve
 from harness.evaluation import list_metrics
+from harness.pool import reward_list
 from objectives import OBJECTIVES
 
 
@@ -247,6 +253,9 @@ def test_kill_and_ctrl_c_both_resume_to_the_same_bits(tmp_path):
     train.main(small(tmp_path / "whole", **long))
     for how, sent in (("killed", signal.SIGKILL), ("interrupted", signal.SIGINT)):
         process = started(tmp_path / how, **long)
+        if how == "killed":
+            process.send_signal(signal.SIGSTOP)  # it holds the folder as long as it is there
+            refused(tmp_path / how, "is in use")
         process.send_signal(sent)
         _, said = process.communicate(timeout=60)
         assert checkpoint(tmp_path / how)["step"] < 240
@@ -297,37 +306,348 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_difference(finished)
         train.main(small(file))
 
 
-def test_a_non_finite_loss_stops_with_the_last_good_checkpoint_kept(tmp_path, monkeypatch):
+def plain(path):
+    """What a file of JSON holds; nan and inf are no JSON, and no metric is a text."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in {path}")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("factor, constant", [(math.nan, 0.0), (1.0, math.inf), (1.0, math.nan)])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_non_finite_loss_stops_the_run_whatever_its_gradient(
+    tmp_path, monkeypatch, factor, constant, step
+):
     row, calls = OBJECTIVES["lire"], []
 
     def loss(c, x):
         calls.append(1)
-        factor = math.nan if len(calls) > 6 else 1.0  # one call was the trial before the run
-        return {name: factor * part for name, part in row.loss(c, x).items()}
+        losses = row.loss(c, x)
+        if len(calls) == step + 1:  # one call was the trial before the run
+            return {name: factor * part + constant for name, part in losses.items()}
+        return losses
 
     monkeypatch.setitem(OBJECTIVES, "lire", row._replace(loss=loss))
-    with pytest.raises(FloatingPointError, match="step 6: loss is nan.*last good checkpoint"):
-        train.main(small(tmp_path / "run"))
-    saved = checkpoint(tmp_path / "run")
-    assert saved["step"] == 4
-    assert all(parameter.isfinite().all() for parameter in saved["policy"].values())
+    folder = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=f"step {step}: loss is (nan|inf), ") as error:
+        train.main(small(folder))
+    assert "\n" not in str(error.value) and not (folder / "metrics.json").exists()
+    before = "it came before the first checkpoint" in str(error.value)
+    kept = f"the last good checkpoint is kept in {folder}" in str(error.value)
+    assert (
+        (before, kept) == (step <= 4, step > 4) == (step <= 4, (folder / "checkpoint.pt").exists())
+    )
+    rows = plain(folder / "log.jsonl")
+    assert [row["step"] for row in rows] == {1: [], 4: [1], 6: [1, 4]}[step]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    if kept:
+        saved = checkpoint(folder)
+        assert saved["step"] == 4
+        assert all(parameter.isfinite().all() for parameter in saved["policy"].values())
 
 
-def test_a_damaged_checkpoint_ends_with_one_line(tmp_path):
-    train.main(small(tmp_path / "run", steps=1, reference_steps=1))
-    path = tmp_path / "run" / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="checkpoint.pt is damaged") as error:
-        resume(tmp_path / "run")
-    assert "\n" not in str(error.value)
+def test_a_reference_that_leaves_the_finite_numbers_is_no_checkpoint_of_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="a smaller --reference-lr may help") as error:
+        train.main(small(tmp_path / "run", reference_lr=1e9))
+    assert "checkpoint" not in str(error.value)
+
+
+def test_what_a_run_leaves_is_plain_json(finished):
+    for name in ("log.jsonl", "frontier.json"):
+        assert plain(finished[0] / name)
+    metrics = json.loads((finished[0] / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert all(value is None or isinstance(value, (int, float)) for value in metrics.values())
+
+
+# ------------------------------------------------------------------------ lists that teach nothing
+
+
+def without_costs(metrics):
+    return {k: v for k, v in metrics.items() if not k.startswith(("seconds_", "peak_"))}
+
+
+def test_candidates_and_ties_of_each_pool_are_in_the_log_and_of_the_last_in_the_metrics(finished):
+    folder, metrics = finished
+    c, world, _ = untrained()
+    lists = [(e.prompt, ids) for e, ids in zip(world.train, checkpoint(folder)["generated"]) if ids]
+    rewards = [reward_list(world, prompt, ids) for prompt, ids in lists]
+    assert len(lists) == 6 * 4 and {len(ids) for _, ids in lists} == {8}
+    distinct = sum(len({tuple(one) for one in ids}) / 8 for _, ids in lists) / len(lists)
+    tied = sum(len(set(own)) == 1 for own in rewards) / len(lists)
+    assert metrics["lists_distinct"] == pytest.approx(distinct) and 0 < distinct < 1
+    assert metrics["lists_tied"] == tied
+    rows = log(folder)
+    names = ("lists/distinct", "lists/tied")
+    of_round = [{tuple(r[name] for name in names) for r in rows if r["round"] == k} for k in (0, 1)]
+    assert len(of_round[0]) == 1 and of_round[0] != of_round[1]
+    assert of_round[1] == {(metrics["lists_distinct"], metrics["lists_tied"])}
+
+
+def test_a_run_that_is_resumed_after_its_last_pool_has_the_same_metrics(copied, finished):
+    resume(copied)  # no step is left
+    (metrics,) = [json.loads((copied / "metrics.json").read_text())]
+    assert without_costs(metrics) == without_costs(finished[1])
+    assert (copied / "log.jsonl").read_text() == (finished[0] / "log.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copied"))
+
+
+def refused(folder, message):
+    """Resuming it ends with one line."""
+    with pytest.raises(ConfigError, match=message) as error:
+        resume(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 300
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(copied):
+    path, saved = copied / "checkpoint.pt", checkpoint(copied)
+    c, whole = resolve(command_line(["--resume", str(copied)])), path.read_bytes()
+    digest = saved.pop("digest")
+    assert digest == run.digest_of(saved) == run.digest_of(run.load_checkpoint(c, saved["key"]))
+    harmless = 0
+    for k in range(96):
+        at = k * (len(whole) - 1) // 95
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << k % 8]) + whole[at + 1 :])
+        try:
+            assert run.digest_of(run.load_checkpoint(c, saved["key"])) == digest
+            harmless += 1  # padding, or what says nothing about the content
+        except ConfigError as e:
+            assert "is damaged" in str(e) and "\n" not in str(e)
+    assert harmless < 24
+
+
+def test_the_digest_covers_every_part_of_a_checkpoint(copied):
+    saved = checkpoint(copied)
+    for name in set(saved) - {"digest"}:
+        torch.save({**saved, name: {"something": "else"}}, copied / "checkpoint.pt")
+        refused(copied, "checkpoint.pt is damaged .*does not match its digest")
+    moments = saved["optimizer"]["state"][0]["exp_avg"]
+    moments.view(-1)[0] += 1e-30
+    torch.save(saved, copied / "checkpoint.pt")
+    refused(copied, "does not match its digest")
+
+
+def narrowed(value):
+    """Tensors in it lose all but one number of each row."""
+    if isinstance(value, dict):
+        return {name: narrowed(item) for name, item in value.items()}
+    return value[..., :1] if isinstance(value, torch.Tensor) and value.dim() else value
+
+
+FORGED = {
+    **{f"no {name}": (name, None) for name in run.PARTS},
+    **{f"narrow {name}": (name, narrowed) for name in ("policy", "optimizer")},
+    **{f"{name} of a text": (name, lambda value: "text") for name in run.PARTS},
+    **{f"{name} of numbers": (name, lambda value: [1, 2]) for name in ("policy", "step", "key")},
+    **{f"empty {name}": (name, lambda value: {}) for name in ("policy", "optimizer", "key")},
+    "another reference": ("reference", lambda value: value[::-1]),
+    "a step too many": ("step", lambda value: value + 1),
+    "a huge step": ("step", lambda value: 2**70),
+    "a negative step": ("step", lambda value: -1),
+    "half a step": ("step", lambda value: 0.5),
+    "a step of nan": ("step", lambda value: math.nan),
+    "a step of a tensor": ("step", torch.tensor),
+    "no step at all": ("step", lambda value: None),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_checkpoint_that_does_not_fit_is_refused_though_its_digest_is_right(copied, name):
+    part, change = FORGED[name]
+    saved = checkpoint(copied)
+    saved.pop("digest")
+    if change is None:
+        saved.pop(part)
+    else:
+        saved[part] = change(saved[part])
+    torch.save(saved | {"digest": run.digest_of(saved)}, copied / "checkpoint.pt")
+    refused(copied, "damaged|does not fit|another config|data have changed")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x", 5, None, [], {}, {"step": 1}, torch.zeros(3), "text"], ids=repr
+)
+def test_a_checkpoint_that_is_none_is_refused(copied, content):
+    path = copied / "checkpoint.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    refused(copied, "checkpoint.pt is damaged")
+    if isinstance(content, dict):
+        torch.save(content | {"digest": run.digest_of(content)}, path)
+        refused(copied, "checkpoint.pt is damaged")
+
+
+@pytest.mark.parametrize("cut", [1, 100, 1000, -1000, -1])
+def test_a_checkpoint_of_half_a_file_is_refused(copied, cut):
+    path = copied / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:cut])
+    refused(copied, "checkpoint.pt is damaged")
+
+
+@pytest.mark.parametrize(
+    "lines, damaged",
+    [
+        ([b"\n"], 1),
+        ([b"garbage\n"], 1),
+        ([b"\xff\xfe\x00\n", b"\xc3\n"], 2),
+        ([b'{"loss": 1}\n', b'{"step": "3"}\n', b'{"step": null}\n', b'{"step": 2.5}\n'], 4),
+        ([b"[3]\n", b"3\n", b"null\n", b'"step"\n'], 4),
+        ([b"[" * 100_000 + b"\n"], 1),
+        ([b'{"step": 3, "lo\n'], 1),
+        ([b'{"step": 13}\n'], 0),  # of a step that is to come
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("place", [0, 2, None])
+def test_damaged_lines_of_the_log_are_left_out_and_counted(copied, capsys, lines, damaged, place):
+    path = copied / "log.jsonl"
+    whole = path.read_bytes()
+    kept = whole.splitlines(keepends=True)
+    place = len(kept) if place is None else place
+    path.write_bytes(b"".join([*kept[:place], *lines, *kept[place:], b'{"step": 9, "evo']))
+    run.Run(small(copied), {}, 0.0).start_log(12)
+    assert path.read_bytes() == whole
+    said = f"{path}: {damaged} damaged lines are left out\n" if damaged else ""
+    assert capsys.readouterr().out == said
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_half_one(tmp_path, monkeypatch):
+    path, big = tmp_path / "file", torch.ones(100_000)
+    for before in (None, "old"):
+        if before:
+            run.save(before, path)
+        for content in (big, "x" * 400_000):
+            with small_disk(100_000), pytest.raises(OSError, match="file can't be written"):
+                run.save(content, path)
+            assert (path.read_text() if path.exists() else None) == before
+            assert not list(tmp_path.glob("*.part"))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for name, raised in (("fsync", full), ("replace", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, raising(raised))
+            with pytest.raises(OSError, match=r"can't be written \(.*No space left on device"):
+                run.save("new", path)
+        assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+@contextlib.contextmanager
+def small_disk(most):
+    """Inside, no file of this process becomes larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def raising(error):
+    def fail(*given, **named):
+        raise error
+
+    return fail
+
+
+def test_a_run_on_a_full_disk_ends_with_one_line(copied, tmp_path, monkeypatch, finished):
+    script = lambda: train.main(small(tmp_path / "new", reference_steps=1))
+    with small_disk(20_000), pytest.raises(SystemExit) as end:
+        run.run_script("train.py", script)
+    assert re.fullmatch(r"train.py: .*\.pt can't be written \(.*\)", end.value.code)
+    # In the loop: the checkpoint of step 8 finds no room, that of step 4 stays.
+    real, seen = torch.save, []
+
+    def save(content, file):
+        if "optimizer" in content:
+            seen.append(content["step"])
+        if seen == [4, 8]:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1\nmore")
+        real(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    script = lambda: train.main(small(tmp_path / "loop"))
+    with pytest.raises(SystemExit) as end:
+        run.run_script("train.py", script)
+    assert re.fullmatch(r"train.py: .*checkpoint.pt can't be written \(.*pos 1\)", end.value.code)
+    assert checkpoint(tmp_path / "loop")["step"] == 4 and not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    resume(tmp_path / "loop")
+    assert same(weights(tmp_path / "loop"), weights(finished[0]))
+
+
+def test_half_written_files_of_dead_processes_go_and_those_of_the_living_stay(copied):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    cache = copied.parent / "reference"
+    cache.mkdir()
+    dead, alive = (ended.pid, "x", "", 2**70, os.getpid()), (os.getppid(), 1)
+    for folder in (copied, cache):
+        for process in (*dead, *alive):
+            (folder / f"some.pt.{process}.part").write_text("half")
+    for path in copied.glob("checkpoint*"):
+        path.unlink()  # it starts over, and asks the cache
+    resume(copied)
+    for folder in (copied, cache):
+        left = {path.name for path in folder.glob("*.part")}
+        assert left == {f"some.pt.{process}.part" for process in alive}
+
+
+def test_two_runs_in_one_folder_and_the_second_is_refused(copied):
+    with run.locked(copied):
+        refused(copied, "is in use: another process is running in it")
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--resume", str(copied)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert f"train.py: {copied} is in use" in done.stderr
+    resume(copied)
+
+
+# ---------------------------------------------------------------------------------- files that move
 
 
 def test_changed_data_are_refused_on_resume(tmp_path):
     path = write(tmp_path, *LISTS)
     train.main(small(tmp_path / "run", data=[path], steps=2, reference_steps=2))
     write(tmp_path, *LISTS[:-1])
+    refused(tmp_path / "run", "data have changed")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_files_that_moved_are_taken_from_where_they_are(tmp_path, held):
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir(), here.mkdir()
+    files = {"data": [write(there, *LISTS[7:40]), write(there, *LISTS[40:], name="more.jsonl")]}
+    if held:
+        files["eval_data"] = [write(there, *LISTS[:7], name="held.jsonl")]
+    settings = {**files, "reference_steps": 2, "steps": 8, "max_response": 8}
+    train.main(small(tmp_path / "whole", **settings))
+    with failing(6), pytest.raises(OSError):
+        train.main(small(tmp_path / "cut", **settings))
+    for path in sorted(there.iterdir()):
+        path.rename(here / path.name)
+    moved = {name: [p.replace(str(there), str(here)) for p in own] for name, own in files.items()}
+    options = [word for k, own in moved.items() for word in ("--" + k.replace("_", "-"), *own)]
+    with pytest.raises(DataError, match="No such file"):
+        resume(tmp_path / "cut")
+    whole = (here / "more.jsonl").read_text()
+    write(here, *LISTS[40:-1], name="more.jsonl")
     with pytest.raises(ConfigError, match="data have changed"):
-        resume(tmp_path / "run")
+        resume(tmp_path / "cut", *options)
+    (here / "more.jsonl").write_text(whole)
+    resume(tmp_path / "cut", *options)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["data"] == moved["data"]
+    resume(tmp_path / "cut")  # it knows the new path from now on
 
 
 def test_a_run_from_other_sources_goes_on_and_says_that_it_may_differ(tmp_path, capsys):
@@ -335,7 +655,8 @@ def test_a_run_from_other_sources_goes_on_and_says_that_it_may_differ(tmp_path, 
     path = tmp_path / "run" / "checkpoint.pt"
     saved = checkpoint(tmp_path / "run")
     saved["key"]["model.py"] = "another"
-    run.save(saved, path)
+    saved.pop("digest")
+    run.save(saved | {"digest": run.digest_of(saved)}, path)
     resume(tmp_path / "run")
     assert "not bit by bit as it would have (model.py: 'another' there" in capsys.readouterr().out
 
