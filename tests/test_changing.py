@@ -22,9 +22,35 @@ def blocks(path, heading):
     return re.findall(r"```python\n(.*?)```", section, re.S)
 
 
+# Several commands of train.py in one process, as importing torch takes longer than a small run.
+DRIVER = """
+import contextlib, io, json, sys
+import train
+from harness.config import command_line
+from harness.run import run_script
+
+train.draw = lambda folder: "not drawn"
+results = []
+for command in sys.argv[1:]:
+    text, code = io.TextIOWrapper(io.BytesIO()), None
+    with contextlib.redirect_stdout(text):
+        try:
+            run_script("train.py", lambda: train.main(command_line(command.split())))
+        except SystemExit as e:
+            code = e.code
+    text.flush()
+    results.append((text.buffer.getvalue().decode() + str(code or ""), bool(code)))
+from experiments.compare import compare_rows
+print(json.dumps({"said": results, "rows": list(compare_rows(True))}))
+"""
+
+
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the sources: (folder, insert(file, anchor, block), run(command) -> output)."""
+    """A copy of the sources: (folder, insert(file, anchor, block), run(*commands) -> outputs).
+
+    A command of train.py that is to fail has a ! before it. The last output is the comparison's.
+    """
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in ROOT.glob("*.py"):
@@ -37,11 +63,15 @@ def project(tmp_path):
         assert source.count(anchor) == 1, f"{anchor!r} in {file}"
         (folder / file).write_text(source.replace(anchor, block + anchor))
 
-    def run(command, fails=False):
-        words = [sys.executable, *command.split()]
+    def run(*commands):
+        words = [sys.executable, "driver.py", *(command.lstrip("!") for command in commands)]
+        (folder / "driver.py").write_text(DRIVER)
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+        content = json.loads(done.stdout)
+        for command, (said, failed) in zip(commands, content["said"], strict=True):
+            assert failed == command.startswith("!"), said
+        return [said for said, _ in content["said"]] + [content["rows"]]
 
     return folder, insert, run
 
@@ -62,21 +92,20 @@ def test_an_objective_with_a_strength_of_its_own(project):
     insert("objectives.py", "# Learning rates and strengths: most reward", function + "\n\n")
     add_row(insert, "objectives.py", "OBJECTIVES", row)
     insert("harness/config.py", "    shuffle_prompts: bool = option(", field)
-    assert "what is minimised: hinge, lire," in " ".join(run("train.py --help").split())
-    assert "--margin is an option of hinge: --objective lire does not read it" in run(
-        "train.py --objective lire --margin 2", fails=True
+    told, other, zero, unknown, _, compared = run(
+        "--help",
+        "!--objective lire --margin 2",
+        "!--objective hinge --margin 0",
+        "!--objective unknown",
+        f"--objective hinge --margin 2 --task tiny {SMALL} --out out/run",
     )
-    assert "--margin must be positive" in run("train.py --objective hinge --margin 0", fails=True)
-    assert "hinge" in run("train.py --objective unknown", fails=True)
-    run(f"train.py --objective hinge --margin 2 --task tiny {SMALL} --out out/run")
+    assert "what is minimised: hinge, lire," in " ".join(told.split())
+    assert "--margin is an option of hinge: --objective lire does not read it" in other
+    assert "--margin must be positive" in zero
+    assert "hinge" in unknown and "hinge" in compared
     assert json.loads((folder / "out/run/config.json").read_text())["margin"] == 2
     rows = (folder / "out/run/log.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["loss"] > 0
-    found = (
-        "import json; from experiments.compare import compare_rows; print(list(compare_rows(True)))"
-    )
-    (folder / "rows.py").write_text(found)
-    assert "'hinge'" in run("rows.py")
 
 
 def test_a_task(project):
@@ -84,12 +113,15 @@ def test_a_task(project):
     function, row = blocks("docs/changing.md", "A task")
     insert("tasks.py", "class TaskRow(NamedTuple):", function + "\n\n")
     add_row(insert, "tasks.py", "TASKS", row)
-    assert "echo" in run("train.py --help")
-    assert "choose from echo, dialogue" in run("train.py --task chess", fails=True)
-    run(f"train.py --task echo {SMALL} --eval-samples 8 --out out/run")
+    told, chess, *_ = run(
+        "--help",
+        "!--task chess",
+        f"--task echo {SMALL} --eval-samples 8 --out out/run",
+        "--task echo --layers 1 --width 16 --eval-prompts 2 --eval-samples 8 --out out/own",
+    )
+    assert "echo" in told and "choose from echo, dialogue" in chess
     metrics = json.loads((folder / "out/run/metrics.json").read_text())
     assert metrics["policy_reward"] is not None and metrics["ood_kl"] is not None
-    run("train.py --task echo --layers 1 --heads 2 --width 16 --eval-prompts 2 --out out/own")
     config = json.loads((folder / "out/own/config.json").read_text())
     assert (config["steps"], config["reference_steps"]) == (100, 200)  # of the row
 
@@ -104,14 +136,13 @@ def test_a_format(project):
         for i in range(60)
     ]
     (folder / "votes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in votes))
-    said = run(f"train.py --data votes.jsonl --vocab-size 300 {SMALL} --out out/run")
-    assert (
-        "votes.jsonl: answers with votes, 60 prompts, 120 responses; best of record 1: 'No.'"
-        in said
-    )
     del votes[3]["votes_b"]
-    (folder / "votes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in votes))
-    assert "votes.jsonl:4: votes_b is None" in run("train.py --data votes.jsonl", fails=True)
+    (folder / "wrong.jsonl").write_text("".join(json.dumps(r) + "\n" for r in votes))
+    said, wrong, _ = run(
+        f"--data votes.jsonl --vocab-size 300 {SMALL} --out out/run", "!--data wrong.jsonl"
+    )
+    title = "votes.jsonl: answers with votes, 60 prompts, 120 responses; best of record 1: 'No.'"
+    assert title in said and "wrong.jsonl:4: votes_b is None" in wrong
 
 
 def test_the_loss_in_another_trainer():

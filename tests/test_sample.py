@@ -84,7 +84,7 @@ def test_no_terminal_ends_a_script_with_a_traceback(copied, tmp_path, script, wa
         command = "train.py --help"
     else:
         lists = [{**row, "responses": [f"\u00e9 {y}" for y in row["responses"]]} for row in LISTS]
-        own = {"data": write(tmp_path, *lists), "steps": 1, "reference_steps": 1}
+        own = {"data": write(tmp_path, *lists), "steps": 0, "reference_steps": 1}
         settings = flags(tmp_path / "run", **own, vocab_size=300, max_response=8, evolve=0)
         settings = " ".join(settings).replace("--task tiny ", "")
         command = f"train.py {settings}"
