@@ -107,7 +107,7 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
         if all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
                 f"--objective {c.objective} {reason}, and every list here has a single response: "
-                f"it can't learn (--objective {' and '.join(learn_from_singles())} can)"
+                f"it can't learn (--objective {', '.join(learn_from_singles())} can)"
             )
         if all(len(set(r["rewards"][: c.candidates])) < 2 for r in records):
             raise ConfigError(

@@ -198,12 +198,13 @@ def test_a_new_run_finds_a_free_folder(tmp_path, monkeypatch):
 
 
 def test_thumbs_say_themselves_what_is_desirable_and_other_rewards_do_not():
-    c = resolve(Config(objective="kto", out="x"))
+    c = resolve(Config(objective="kto", data=["x.jsonl"], out="x"))
     decided = config.with_settings_of_the_data(c, [1.0, -1.0, 1.0])
     assert (c.desirable, decided.desirable) == (None, "positive")
     assert config.with_settings_of_the_data(c, [1.0, -1.0, 0.5]).desirable == "mean"
-    asked = dataclasses.replace(c, desirable="mean")
-    assert config.with_settings_of_the_data(asked, [1.0, -1.0]).desirable == "mean"
+    for other in (dataclasses.replace(c, desirable="mean"), dataclasses.replace(c, data=[])):
+        # Asked for, or a task, which has no thumbs.
+        assert config.with_settings_of_the_data(other, [1.0, -1.0]).desirable == "mean"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_thumbs_say_themselves_what_is_desirable_and_other_rewards_do_not():
 )
 def test_rewards_that_teach_nothing_are_refused(objective, rewards, message):
     with pytest.raises(ConfigError, match=message):
-        config.with_settings_of_the_data(resolve(Config(objective=objective)), rewards)
+        config.with_settings_of_the_data(resolve(Config(objective, data=["x.jsonl"])), rewards)
     assert config.with_settings_of_the_data(resolve(Config(objective="sft")), rewards)
 
 

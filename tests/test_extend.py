@@ -96,7 +96,7 @@ def test_a_new_objective_runs(hinge, tmp_path, data):
 def test_a_slip_in_a_new_objective_shows_before_anything_is_written(hinge, tmp_path, monkeypatch):
     slip = HINGE._replace(loss=lambda c, x: {"loss": x.logps - x.logs})
     monkeypatch.setitem(OBJECTIVES, "hinge", slip)
-    with pytest.raises(AttributeError, match="logs"):
+    with pytest.raises(config.ConfigError, match=r"test_extend.py:\d+: AttributeError: .*logs"):
         train.main(config.Config(**vars(small(tmp_path / "run", objective="hinge"))))
     assert not list(tmp_path.iterdir())
 

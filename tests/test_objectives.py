@@ -245,18 +245,41 @@ def test_an_objective_that_reads_what_its_row_does_not_name_fails_in_the_first_s
     for name in names:
         objective = OBJECTIVES[name]
         monkeypatch.setitem(OBJECTIVES, name, objective._replace(needs=objective.needs - {need}))
-        with pytest.raises((TypeError, AttributeError)):
+        with pytest.raises(
+            ValueError, match="(objectives|dro|baselines).py:.*(Type|Attribute)Error"
+        ):
             objectives.try_objective(config(name))
 
 
-def test_a_slip_in_an_objective_shows_in_the_first_second(monkeypatch):
-    def scalar_without_gradient(c, x):
-        return {"loss": x.rewards.mean()}
+def nothing_to_learn_from(c, x):
+    return {"loss": x.rewards[x.mask].mean()}
 
-    row = OBJECTIVES["lire"]._replace(loss=scalar_without_gradient)
-    monkeypatch.setitem(OBJECTIVES, "lire", row)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        objectives.try_objective(config("lire"))
+
+def without_its_mask(c, x):
+    return {"loss": -(x.logps * x.rewards).sum(-1)}
+
+
+def with_a_wrong_name(c, x):
+    return {"loss": x.logs}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"loss": nothing_to_learn_from}, "does not require grad"),
+        ({"loss": without_its_mask}, "is a mask missing"),
+        ({"loss": with_a_wrong_name}, r"test_objectives.py:\d+: AttributeError: .*logs"),
+        ({"metrics": with_a_wrong_name}, r"test_objectives.py:\d+: AttributeError: .*logs"),
+        ({"defaults": {"margin": 1.0}}, "its row names margin, which is no field of Config"),
+        ({"residual": objectives.dro_residual}, "no strength that says whose optimum"),
+    ],
+    ids=str,
+)
+def test_a_slip_in_a_row_shows_in_the_first_second(change, message, monkeypatch):
+    c = config("lire")
+    monkeypatch.setitem(OBJECTIVES, "lire", OBJECTIVES["lire"]._replace(**change))
+    with pytest.raises(ValueError, match=message):
+        objectives.try_objective(c)
 
 
 # ------------------------------------------------------------------------------------------ metrics

@@ -52,7 +52,7 @@ def test_the_fingerprint_tells_texts_rewards_and_seeds_apart(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        (SINGLES, "every list here has a single response.*dro and kto can"),
+        (SINGLES, "every list here has a single response.*dro, dro-p, kto can"),
         ([LISTS[0]] * 5, "expected some of both"),
     ],
 )

@@ -728,7 +728,7 @@ ALIKE = [{**row, "rewards": [1.0] * len(row["rewards"])} for row in LISTS]
             {},
             "lists.jsonl:1: 1 responses and 2 rewards",
         ),
-        (SINGLES, {}, "every list here has a single response.*dro and kto can"),
+        (SINGLES, {}, "every list here has a single response.*dro, dro-p, kto can"),
         ([LISTS[0]] * 5, {}, "expected some of both"),
         (ALIKE, {}, "no list has two responses of unlike reward.*nothing to learn"),
         (ALIKE, {"reward_norm": "global"}, "nothing to learn"),

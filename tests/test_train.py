@@ -24,16 +24,16 @@ def test_networks_are_apart_unless_shared():
     policy, value = ({id(p) for p in group["params"]} for group in state.optimizer.param_groups)
     assert not policy & value and policy == {id(p) for p in state.policy.parameters()}
     assert [group["peak"] for group in state.optimizer.param_groups] == [5e-4, 1e-2]
-    assert same(state.value.backbone.state_dict(), reference.state_dict())
+    assert same(state.value_network.backbone.state_dict(), reference.state_dict())
     c, world, state, reference = loop_state(objective="dro", evolve=1, share_networks=True)
     (group,) = state.optimizer.param_groups
-    assert state.value.backbone is state.policy
-    assert any(parameter is state.value.value_head.weight for parameter in group["params"])
+    assert state.value_network.backbone is state.policy
+    assert any(parameter is state.value_network.value_head.weight for parameter in group["params"])
 
 
 def test_the_policy_starts_as_a_copy_of_the_reference():
     c, world, state, reference = loop_state()
-    assert state.value is None and same(state.policy.state_dict(), reference.state_dict())
+    assert state.value_network is None and same(state.policy.state_dict(), reference.state_dict())
     with torch.no_grad():
         state.policy.wte.weight.add_(1)
     assert not same(state.policy.state_dict(), reference.state_dict())

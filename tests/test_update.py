@@ -75,9 +75,11 @@ def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts():
     c, world, state, _ = loop_state(objective="dro", evolve=1)
     batch = data.make_batch(with_responses(world.train[:3], [[[0]]] * 3), 0)
     with torch.no_grad():
-        state.value.value_head.weight.normal_()
-        apart = update.prompt_values(c, state.value, batch)
-        together = update.prompt_values(dataclasses.replace(c, value="batch"), state.value, batch)
+        state.value_network.value_head.weight.normal_()
+        apart = update.prompt_values(c, state.value_network, batch)
+        together = update.prompt_values(
+            dataclasses.replace(c, value="batch"), state.value_network, batch
+        )
     assert apart.std() > 0 and torch.allclose(together, apart.mean().expand(3))
 
 
