@@ -367,10 +367,7 @@ def command_line(argv: list[str] | None = None, description: str = "") -> Config
     parser.error = lambda message: sys.exit(f"train.py: {short(message)}; --help lists the options")
     for f in dataclasses.fields(Config):
         parser.add_argument(flag(f.name), help=_help(f).replace("%", "%%"), **_argument(f))
-    try:
-        given = vars(parser.parse_args(argv))
-    except ValueError:  # argparse strips the -- of --heads=--, and misses it
-        raise ConfigError("-- is no value of an option; --help lists the options") from None
+    given = vars(parser.parse_args(argv))
     if "data" in given and "task" in given:
         raise ConfigError("--task makes the data and --data reads them: give one of the two")
     return _resumed(given) if "resume" in given else Config(**given)
@@ -432,6 +429,7 @@ def saved_config(run: str) -> Config:
 
 def _resumed(given: dict[str, Any]) -> Config:
     """The Config of the run that is resumed; its files may have moved."""
+    _check_values(Config(**given))  # argparse makes an empty list of --resume=--
     run = given.pop("resume")
     try:
         saved = vars(saved_config(run))
