@@ -117,6 +117,20 @@ def test_no_number_ends_in_a_traceback(name, value):
             resolve(Config(objective=objective, **{name: number}))
 
 
+@pytest.mark.parametrize("option", dataclasses.fields(Config), ids=lambda option: option.name)
+def test_two_dashes_are_no_value_of_any_option(option, finished):
+    for more in ([], ["--resume", str(finished[0])]):
+        given = [*more, f"{config.flag(option.name)}=--"]
+        if config.kind_of(option) is not list:  # no files are none
+            refusal(lambda given=given: resolve(command_line(given)))
+
+
+def test_a_refusal_is_one_short_line_whatever_it_is_made_of():
+    message = str(ConfigError(f"--out {'x' * 10_000}\n{'y' * 10_000} is a file"))
+    assert message.startswith("--out xxx") and message.endswith("yyy is a file")
+    assert len(message) == 300 and "\n" not in message
+
+
 def test_the_largest_numbers_are_taken_and_a_model_that_no_memory_holds_is_not():
     assert resolve(Config(seed=2**63 - 1)).seed == 2**63 - 1
     assert resolve(Config(lr=1e-9, clip=1e9, steps=10**9)).clip == 1e9

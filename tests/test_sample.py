@@ -79,7 +79,8 @@ CASES = [(script, way) for script in ("sample", "train") for way in ("ascii", "c
 @pytest.mark.parametrize("script, way", [*CASES, ("help", "head"), ("help", "full")])
 def test_no_terminal_ends_a_script_with_a_traceback(copied, tmp_path, script, way):
     if script == "sample":
-        command = f"-m experiments.sample {copied} --prompt '{PROMPT} caf\u00e9' -n 400"
+        # So many answers are more than a pipe holds.
+        command = f"-m experiments.sample {copied} --prompt '{PROMPT} caf\u00e9' -n 3000"
     elif script == "help":
         command = "train.py --help"
     else:
@@ -97,6 +98,7 @@ def test_no_terminal_ends_a_script_with_a_traceback(copied, tmp_path, script, wa
     )
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
     assert done.stdout.isascii() and bool(done.stdout) == (way in ("ascii", "head"))
+    assert not done.stderr or way == "full"
     if way in ("ascii", "closed"):
-        assert (done.returncode, done.stderr) == (0, "")
+        assert done.returncode == 0
         assert script != "train" or (tmp_path / "run" / "metrics.json").exists()
