@@ -295,9 +295,6 @@ def settings_read(c: Config) -> dict[str, Any]:
         unread = {"eval_samples", "task"}
     else:
         unread = {"data", "eval_data", "limit", *TASKS[c.task].unread}
-    unread |= {
-        f.name for f in dataclasses.fields(c) if c.objective not in (owners(f.name) or OBJECTIVES)
-    }
     if not c.evolve:
         unread |= {"sample_temperature", "iterate"}
     if c.tokenizer != "bpe":

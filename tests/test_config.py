@@ -242,7 +242,8 @@ def test_rewards_that_teach_nothing_are_refused(objective, rewards, message):
 
 def test_there_are_at_most_42_options_each_explained():
     fields = dataclasses.fields(Config)
-    assert len(fields) <= 42
+    shared = [f.name for f in fields if not config.owners(f.name)]
+    assert len(shared) <= 33  # and 9 that some objectives alone read; a new one may bring its own
     assert [f.name for f in fields if not f.metadata["text"].strip()] == []
 
 

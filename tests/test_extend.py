@@ -22,23 +22,23 @@ from tasks import TASKS, Task, TaskRow, rewarded
 
 
 def hinge_objective(c, x):
-    """The best candidate `margin` nats above the mean of its list."""
+    """The best candidate `lead` nats above the mean of its list."""
     best = x.rewards.masked_fill(~x.mask, -torch.inf).argmax(-1, keepdim=True)  # [B, 1]
     mean = torch.where(x.mask, x.logps, 0.0).sum(-1) / x.mask.sum(-1)
-    return {"loss": (c.margin - x.logps.gather(-1, best)[:, 0] + mean).clamp_min(0.0)}
+    return {"loss": (c.lead - x.logps.gather(-1, best)[:, 0] + mean).clamp_min(0.0)}
 
 
-HINGE = Objective(hinge_objective, {"lr": 1e-3, "margin": 2.0}, {"lists"}, strength="margin")
+HINGE = Objective(hinge_objective, {"lr": 1e-3, "lead": 2.0}, {"lists"}, strength="lead")
 
 
 @pytest.fixture
 def hinge(monkeypatch):
     """One function, one row of OBJECTIVES, one field of Config."""
     text = "what the best candidate should be ahead by, in nats"
-    field = ("margin", float | None, option(None, text, (), True))
+    field = ("lead", float | None, option(None, text, positive=True))
     own = dataclasses.make_dataclass("Config", [field], bases=(Config,))
     monkeypatch.setattr(config, "Config", own)
-    monkeypatch.setitem(OBJECTIVES, "hinge", HINGE)
+    monkeypatch.setitem(OBJECTIVES, "ahead", HINGE)
 
 
 def help_text(capsys):
@@ -49,9 +49,9 @@ def help_text(capsys):
 
 def test_a_new_objective_is_in_the_help_with_its_option_and_its_default(hinge, capsys):
     text = help_text(capsys)
-    assert "slic, pro, sft, hinge (default lire)" in text
+    assert "slic, pro, sft" in text and ", ahead (default lire)" in text
     assert (
-        "--margin MARGIN what the best candidate should be ahead by, in nats (default 2.0 hinge)"
+        "--lead LEAD what the best candidate should be ahead by, in nats (default 2.0 ahead)"
         in text
     )
 
@@ -59,12 +59,12 @@ def test_a_new_objective_is_in_the_help_with_its_option_and_its_default(hinge, c
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("--objective lyre", "choose from lire, .*, sft, hinge"),
-        ("--margin 1", "--margin is an option of hinge: --objective lire does not read it"),
-        ("--objective hinge --margin 0", "--margin must be positive"),
-        ("--objective hinge --tau 1", "--tau is an option of dro, dro-p: --objective hinge does"),
-        ("--objective hinge --candidates 1", "hinge compares the candidates of a list"),
-        ("--objective hinge --reward-norm softmax", "hinge takes none or global"),
+        ("--objective lyre", "choose from .*lire, .*, sft.*, ahead"),
+        ("--lead 1", "--lead is an option of ahead: --objective lire does not read it"),
+        ("--objective ahead --lead 0", "--lead must be positive"),
+        ("--objective ahead --tau 1", "--tau is an option of dro, dro-p: --objective ahead does"),
+        ("--objective ahead --candidates 1", "ahead compares the candidates of a list"),
+        ("--objective ahead --reward-norm softmax", "ahead takes none or global"),
     ],
 )
 def test_a_new_objective_is_in_the_refusals(hinge, argv, message):
@@ -73,31 +73,31 @@ def test_a_new_objective_is_in_the_refusals(hinge, argv, message):
 
 
 def test_a_new_objective_shows_its_own_settings_and_is_compared(hinge):
-    shown = config.settings_read(resolve(command_line(["--objective", "hinge"])))
-    assert shown["margin"] == 2.0 and not {"temperature", "tau", "beta"} & set(shown)
-    assert "margin" not in config.settings_read(resolve(command_line([])))
-    row = {"objective": "hinge", "margin": 2.0}
+    shown = config.settings_read(resolve(command_line(["--objective", "ahead"])))
+    assert shown["lead"] == 2.0 and not {"temperature", "tau", "beta"} & set(shown)
+    assert "lead" not in config.settings_read(resolve(command_line([])))
+    row = {"objective": "ahead", "lead": 2.0}
     for quick in (True, False):
-        assert compare.compare_rows(quick)["hinge, margin 2"] == row
+        assert compare.compare_rows(quick)["ahead, lead 2"] == row
 
 
 @pytest.mark.parametrize("data", [False, True])
 def test_a_new_objective_runs(hinge, tmp_path, data):
     own = {"data": [write(tmp_path, *LISTS)]} if data else {}
-    settings = vars(small(tmp_path / "run", objective="hinge", steps=2, reference_steps=2, **own))
-    metrics = train.main(config.Config(**settings, margin=3.0))
+    settings = vars(small(tmp_path / "run", objective="ahead", steps=2, reference_steps=2, **own))
+    metrics = train.main(config.Config(**settings, lead=3.0))
     assert math.isfinite(metrics["kl"])
     row = log(tmp_path / "run")[-1]
     assert math.isfinite(row["loss"]) and row["rewards/margins"] is not None
     again = command_line(["--resume", str(tmp_path / "run")])
-    assert again.margin == 3.0
+    assert again.lead == 3.0
 
 
 def test_a_slip_in_a_new_objective_shows_before_anything_is_written(hinge, tmp_path, monkeypatch):
     slip = HINGE._replace(loss=lambda c, x: {"loss": x.logps - x.logs})
-    monkeypatch.setitem(OBJECTIVES, "hinge", slip)
+    monkeypatch.setitem(OBJECTIVES, "ahead", slip)
     with pytest.raises(config.ConfigError, match=r"test_extend.py:\d+: AttributeError: .*logs"):
-        train.main(config.Config(**vars(small(tmp_path / "run", objective="hinge"))))
+        train.main(config.Config(**vars(small(tmp_path / "run", objective="ahead"))))
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,13 @@ from objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "docs/changing.md", "docs/differences.md", "docs/metrics.md"]
+PAGES = [
+    "README.md",
+    "docs/changing.md",
+    "docs/differences.md",
+    "docs/metrics.md",
+    "results/README.md",
+]
 
 
 def blocks(kind, page="README.md"):
@@ -61,7 +67,10 @@ def test_every_file_and_option_that_a_page_names_exists():
         text = (ROOT / page).read_text()
         for path in re.findall(r"`([\w/]+\.(?:py|md|png))`|\]\(([\w/.]+)\)", text):
             name = path[0] or path[1]
-            assert (ROOT / name).exists() or name in ("curves.png",), f"{name} in {page}"
+            beside = (ROOT / page).parent / name
+            assert (ROOT / name).exists() or beside.exists() or name == "curves.png", (
+                f"{name} in {page}"
+            )
         for name in re.findall(r"`[^`\n]*?--([a-z][a-z-]*)", text):
             known = name.replace("-", "_") in fields
             assert known or name in ("prompt", "quick", "grid"), f"--{name} in {page}"
