@@ -51,7 +51,7 @@ def read_mutants(text: str) -> list[Mutant]:
 
     Raises: ValueError where a paragraph is none, or its old text does not occur once.
 
-    >>> read_mutants("dro.py: half the loss\\n-0.5 * (rewards -\\n+0.25 * (rewards -\\n")[0].name
+    >>> read_mutants("dro.py: half the loss\\n-0.5 * residuals.var\\n+residuals.var\\n")[0].name
     'half the loss'
     """
     mutants = []

@@ -12,7 +12,7 @@ import types
 
 import pytest
 import torch
-from helpers import close
+from helpers import close, problem
 from runs import LISTS, loop_state, small, untrained, write
 
 import data
@@ -53,13 +53,13 @@ def asked(world, *prompts, responses=(), rewards=()):
 class Coins(torch.nn.Module):
     """A model: P(good) after x and after y."""
 
-    def __init__(self, world, x, y):
+    def __init__(self, world, after_x, after_y):
         super().__init__()
         eos, self.V = world.enc.eot_token, world.enc.n_vocab
         self.config = types.SimpleNamespace(eos=eos)
         self.good = world.enc.encode_single_token(" good")
         odds = torch.zeros(self.V)
-        for prompt, share in (("x", x), ("y", y)):
+        for prompt, share in (("x", after_x), ("y", after_y)):
             odds[world.enc.encode_single_token(prompt)] = math.log(share / (1 - share))
         self.odds = torch.nn.Parameter(odds)
 
@@ -82,19 +82,20 @@ def settings(objective="lire", **own):
     return resolve(small("unused", objective=objective, **own))
 
 
-def kl(p, q):
+def kl(own, other):
     """Of one coin from another."""
-    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    tails = (1 - own) * math.log((1 - own) / (1 - other))
+    return own * math.log(own / other) + tails
 
 
-def tilted(q, gap, tau):
+def tilted(base, gap, tau):
     """P*(good) of a reference's coin, where good is worth `gap` more than bad."""
-    return 1 / (1 + (1 - q) / q * math.exp(-gap / tau))
+    return 1 / (1 + (1 - base) / base * math.exp(-gap / tau))
 
 
-def value(q, good, bad, tau):
-    """V* of a coin."""
-    return tau * math.log(q * math.exp(good / tau) + (1 - q) * math.exp(bad / tau))
+def value(base, good, bad, tau):
+    """V* of a reference's coin and what its sides are worth."""
+    return tau * math.log(base * math.exp(good / tau) + (1 - base) * math.exp(bad / tau))
 
 
 # ----------------------------------------------------------------------------- the enumerated world
@@ -125,6 +126,12 @@ def test_a_policy_that_is_the_optimum_at_a_tau_is_measured_as_that():
     close(picture["policy"], [sum(kls) / 2, metrics["optimal_reward"]], 1e-5)
     close(picture["frontier"][-1][1], (1 + 3) / 2, 1e-5)
     assert len(answers) == 2 and "kl_from_optimum" not in metrics
+    other = dataclasses.replace(c, seed=1)  # draws other prompts for the standard error alone
+    again = evaluation.evaluate_task(
+        other, world, Coins(world, *p), Coins(world, *q), world.heldout, "heldout"
+    )[0]
+    assert again["optimal_reward"] == metrics["optimal_reward"]
+    assert again["optimal_reward_se"] != metrics["optimal_reward_se"]
 
 
 def test_dro_is_measured_against_pi_star_and_v_star_of_its_own_tau_on_its_own_scale():
@@ -169,8 +176,8 @@ def test_samples_have_the_kl_of_their_own_side_and_an_efficiency_where_they_are_
     world, q = world_of_coins(), (0.5, 0.25)
     policy, ref = Coins(world, SURE, 1 - SURE), Coins(world, *q)
 
-    def measured(n):
-        c = settings(eval_samples=n)
+    def measured(N):
+        c = settings(eval_samples=N)
         return evaluation.evaluate_task(c, world, policy, ref, world.heldout, "x", None, False)[0]
 
     few, many = measured(8), measured(64)
@@ -390,6 +397,14 @@ def test_a_resample_is_measured_at_its_own_kl():
     assert f.optimal_reward_se == pytest.approx(p * math.sqrt(1 / 8), rel=0.04)
 
 
+@pytest.mark.parametrize("B, M", [(1, 3), (5, 7)])
+def test_rounding_is_nothing_to_gain(B, M):
+    for seed in range(20):  # few of them round to something above 0
+        (log_b, _), (log_w, _) = problem(B, M, seed), problem(B, M, seed + 100)
+        alike = torch.full_like(log_b, 0.1)
+        assert math.isnan(frontier.frontier(log_b, log_w, alike, resamples=2).efficiency)
+
+
 def test_the_curve_spans_all_kl_in_any_unit_of_the_reward():
     shares = [0.3, 0.7]
     for unit in (1e-4, 1.0, 1e4):
@@ -422,6 +437,14 @@ def test_lires_metrics_compare_what_its_loss_compares():
     close(parts["loss/sft"], [0.5 * -math.log(0.25)], 1e-6)  # a mean per token of the best
     assert list(parts) == ["loss/lire", "loss/sft"]
     close(objectives.lire_metrics(settings(score="sum", **own), x)["rewards/expected"], [0.5], 1e-6)
+
+
+def test_a_list_has_collapsed_where_one_candidate_holds_over_99_percent():
+    shares = [0.95, 0.9899, 0.9901]
+    logps = [[math.log(share), math.log(1 - share)] for share in shares]
+    x = inputs(logps, [[1.0, 0.0]] * 3)
+    metrics = objectives.lire_metrics(settings(temperature=1.0), x)
+    assert metrics["candidates/collapsed"].tolist() == [0.0, 0.0, 1.0]
 
 
 def test_equal_implied_rewards_are_not_right():
@@ -465,9 +488,18 @@ def test_thumbs_need_both_kinds_and_numbers_two_values():
     for rewards, missing in (([1.0, 1.0], "undesirable"), ([-1.0, -1.0], "desirable")):
         with pytest.raises(ValueError, match=f"is {missing}"):
             objectives.thumbs(c, rewards)
+    for objective in ("kto", "dro", "lire"):
+        with pytest.raises(ValueError, match="every reward is 2.0: there is nothing to learn"):
+            OBJECTIVES[objective].prepare(c, [2.0, 2.0])
     zeros = dataclasses.replace(c, desirable="positive")
     with pytest.raises(ValueError, match="is desirable"):
         objectives.thumbs(zeros, [0.0, -1.0])
+
+
+@pytest.mark.parametrize("objective", ["dro-p", "kto"])
+def test_what_compares_a_batch_refuses_a_batch_of_one(objective):
+    with pytest.raises(ConfigError, match="batch-size must be at least 2, got 1"):
+        settings(objective, batch_size=1)
 
 
 # ------------------------------------------------------------------------------------ the next step
