@@ -19,7 +19,7 @@ import data
 import frontier
 import objectives
 import train
-from harness import config, evaluation, pool, reference, run, update
+from harness import config, evaluation, figures, pool, reference, run, update
 from harness.config import ConfigError, resolve
 from objectives import OBJECTIVES, Inputs
 
@@ -167,7 +167,8 @@ def test_coins_of_two_like_faces_earn_win_and_answer_as_they_must():
     assert (metrics["policy_praise"], metrics["reference_praise"]) == (1 / 2, 0)
     assert metrics["shuffled_policy_reward"] == 0  # good for y, bad for x
     assert metrics["shuffled_reference_reward"] == 3 / 2
-    assert metrics["policy_length"] == 2 and metrics["policy_distinct"] == 1 / c.eval_samples
+    assert metrics["policy_length"] == 2
+    assert metrics["policy_distinct"] == metrics["reference_distinct"] == 1 / c.eval_samples
     texts = [[pool.decode(world, lists[0]) for lists in row[1:]] for row in answers]
     assert texts == [[" good", " bad"], [" bad", " bad"]]
 
@@ -555,6 +556,28 @@ def test_the_log_reads_the_reference_where_the_objective_does_not():
     close(row["logps/rejected"], (math.log(1 - 0.8) + math.log(0.6)) / 2, 1e-5)
 
 
+def test_mismatched_pairs_are_scored_by_policy_and_reference():
+    world, p, q = world_of_coins(), (0.8, 0.6), (0.5, 0.25)
+    examples = asked(world, "x", responses=[" good", " bad"], rewards=[1.0, 0.0])
+    examples += asked(world, "y", responses=[" bad"], rewards=[3.0])
+    batch = data.make_batch(examples, world.enc.eot_token)
+    for scores, (after_x, after_y) in zip(
+        update.mismatched_logps(world, Coins(world, *p), Coins(world, *q), batch), (p, q)
+    ):
+        close(scores, [math.log(1 - after_x), math.log(after_y)], 1e-6)  # x bad, y good
+        assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_of_any_network_is_refused_though_the_loss_is_finite(place):
+    weights = [torch.nn.Parameter(torch.tensor([0.0])) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight], "peak": 1.0} for weight in weights])
+    loss = (weights[place].sqrt() + weights[1 - place]).sum()  # 0, with a slope of infinity
+    with pytest.raises(FloatingPointError, match="step 3: loss is 0, gradient norm .*inf"):
+        update.update(optimizer, loss, 3, 9, 1.0)
+    assert [weight.item() for weight in weights] == [0.0, 0.0]
+
+
 def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is():
     weight = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = torch.optim.SGD([{"params": [weight], "peak": 1.0}])
@@ -721,7 +744,75 @@ def test_every_step_has_its_batch_its_rate_and_its_row(watched, tmp_path):
     assert saved["step"] == 7 and saved["round_index"] == 1
 
 
+# ------------------------------------------------------------------------------------- the pictures
+
+
+class Axes:
+    """Notes what is drawn: {label or marker: points}, and the texts."""
+
+    def __init__(self):
+        self.drawn, self.texts = {}, {}
+
+    def plot(self, first, second, *style, label="", **how):
+        name = label or style[0]
+        both = isinstance(first, (list, tuple))
+        self.drawn[name] = list(zip(first, second)) if both else (first, second)
+
+    def set(self, **texts):
+        self.texts |= texts
+
+
+def test_the_plane_has_kl_to_the_right_and_reward_upwards():
+    log = [
+        {"step": 1},
+        {"step": 2, "kl": 0.5, "reward": 2.0},
+        {"step": 4, "kl": 1.5, "reward": 3.0},
+    ]
+    metrics = {"kl": 1.25, "policy_reward": 3.5, "reference_reward": 1.0, "optimal_tau": 0.5}
+    picture = {"frontier": [[0.0, 1.0], [2.0, 4.0]], "value": [0.5, 0.25], "optimal_value": [1, 2]}
+    ax, beyond, values = Axes(), Axes(), Axes()
+    figures.draw_frontier(ax, picture, log, metrics)
+    assert ax.drawn["optimum"] == [(0.0, 1.0), (2.0, 4.0)]
+    assert ax.drawn["policy, in training"] == [(0.0, 1.0), (0.5, 2.0), (1.5, 3.0)]
+    assert ax.drawn["policy"] == (1.25, 3.5)
+    assert "needs more" not in ax.texts["xlabel"]
+    figures.draw_frontier(beyond, picture, log, {**metrics, "optimal_tau": 0, "optimal_kl": 2.0})
+    assert "(no optimum needs more than 2.0)" in beyond.texts["xlabel"]
+    figures.draw_values(values, picture)
+    assert values.drawn["o"] == [(1, 0.5), (2, 0.25)] and values.drawn["V = V*"] == [(1, 1), (2, 2)]
+    assert (values.texts["xlabel"], values.texts["ylabel"]) == ("V*(x)", "V(x)")
+
+
+def test_a_curve_leaves_out_what_is_not_known():
+    ax = Axes()
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": 1}]
+    figures.draw_curves(ax, "loss", log, {})
+    assert list(ax.drawn.values()) == [[(1, 2.0), (4, 1)]]
+
+
+def test_a_sum_of_losses_has_no_panel_where_its_parts_have(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    titles = []
+    monkeypatch.setattr(
+        figures, "draw_curves", lambda ax, title, log, metrics: titles.append(title)
+    )
+    (tmp_path / "metrics.json").write_text("{}")
+    row = {"step": 1, "loss": 1.0}
+    for own in ({}, {"loss/policy": 0.5, "loss/value": 0.5}):
+        (tmp_path / "log.jsonl").write_text(json.dumps(row | own) + "\n")
+        figures.draw(tmp_path)
+    assert titles == ["loss", "DRO's losses"]
+
+
 # ------------------------------------------------------------------------------------ the reference
+
+
+def test_a_t5_has_the_proportions_of_t5_small_and_a_gpt_those_of_gpt2():
+    c = settings(model="t5", width=24, heads=3, layers=2)
+    model = reference.new_model(c, world_of_coins())
+    assert (model.config.head_width, model.config.mlp_width) == (8, 48)
+    gpt = reference.new_model(dataclasses.replace(c, model="gpt"), world_of_coins())
+    assert (gpt.config.heads, gpt.config.context) == (3, c.max_prompt + c.max_response)
 
 
 def test_the_reference_sees_every_list_once_an_epoch_and_its_loss_is_per_token(monkeypatch):
