@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ class Coins(torch.nn.Module):
 
 
 def state_of(policy, value=None, scale=None):
-    return types.SimpleNamespace(policy=policy, value=value, reward_scale=scale)
+    return types.SimpleNamespace(policy=policy, value_network=value, reward_scale=scale)
 
 
 def settings(objective="lire", **own):
@@ -483,7 +484,8 @@ def test_what_v_explains_leaves_its_mean_out():
 
 
 def test_thumbs_need_both_kinds_and_numbers_two_values():
-    c = settings("kto")
+    c = settings("kto", data=["thumbs.jsonl"])
+    assert objectives.thumbs(settings("kto"), [1.0, -1.0]) == {"desirable": "mean"}  # of a task
     assert objectives.thumbs(c, [1.0, -1.0]) == {"desirable": "positive"}
     assert objectives.thumbs(c, [1.0, 0.0]) == {"desirable": "mean"}
     for rewards, missing in (([1.0, 1.0], "undesirable"), ([-1.0, -1.0], "desirable")):
@@ -516,7 +518,7 @@ def test_v_learns_from_its_own_loss_and_the_policy_from_the_list():
     losses["loss/value"].mean().backward()
     # V is 0 yet: d loss / d bias = mean (V - r), for policy = reference.
     expected = -batch.rewards[batch.candidate_mask].mean()
-    close(state.value.value_head.bias.grad, [expected], 1e-5)
+    close(state.value_network.value_head.bias.grad, [expected], 1e-5)
     assert all(p.grad is None or not p.grad.any() for p in state.policy.parameters())
 
 
@@ -885,6 +887,21 @@ def test_a_run_without_metrics_holds_its_folder_and_a_moved_one_is_the_same(tmp_
     here, there = (config.run_settings(dataclasses.replace(c, out=name)) for name in ("a", "b"))
     assert here == there and config.difference(here, there) == ""
     assert config.difference({}, {"new": 1}) == "new: None there, 1 here"
+
+
+def test_a_file_is_whole_elsewhere_before_it_takes_its_place(tmp_path, monkeypatch):
+    seen, replace = [], run.os.replace
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def noted(part, to):
+        seen.append((Path(part).read_text(), path.read_text(), to))
+        replace(part, to)
+
+    monkeypatch.setattr(run.os, "replace", noted)
+    run.save("new", path)
+    assert seen == [("new", "old", path)] and path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_resumed_log_ends_at_its_step(tmp_path):
