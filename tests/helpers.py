@@ -1,10 +1,165 @@
-"""What several test files need: comparison, gradients, and a small problem to solve."""
+"""What tests share: short runs, made-up files, what a run leaves, who imports whom; gradients."""
 
+import ast
+import contextlib
+import gzip
 import inspect
+import json
+import os
+from pathlib import Path
 
+import pytest
 import torch
 
 import dro
+import train
+from harness.config import Config, resolve
+from harness.pool import make_world
+from harness.reference import new_model
+from objectives import OBJECTIVES
+
+ROOT = Path(train.__file__).parent
+DATA_DIR = Path(os.environ.get("LIRE_DATA_DIR", ROOT.parent / "shared" / "data"))
+
+# ------------------------------------------------------------------------------------------ configs
+
+SMALL = {
+    "task": "tiny",
+    "reference_steps": 40,
+    "steps": 12,
+    "evolve": 2,
+    "batch_size": 4,
+    "eval_prompts": 3,
+    "eval_samples": 16,
+    "eval_every": 4,
+    "layers": 1,
+    "heads": 2,
+    "width": 32,
+}
+
+
+def small(folder, **settings) -> Config:
+    """A run of a second; on files it makes no rounds, as there is nothing to sample for."""
+    own = {"evolve": None, "vocab_size": 300} if settings.get("data") else {}
+    return Config(**{**SMALL, "device": "cpu", "out": str(folder), **own, **settings})
+
+
+def flags(folder, **settings) -> list[str]:
+    """The same as options of the command line."""
+    pairs = {**SMALL, "device": "cpu", "out": folder, **settings}
+    return [word for k, v in pairs.items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+def untrained(**settings):
+    """(c, world, model): a model with fresh weights where a run would have its reference."""
+    c = resolve(small("unused", **settings))
+    world = make_world(c)
+    return c, world, new_model(c, world)
+
+
+def loop_state(**settings):
+    """(c, world, state, reference) as the loop finds them before its first step."""
+    c, world, model = untrained(**settings)
+    return c, world, train.new_state(c, world, model), model
+
+
+@contextlib.contextmanager
+def failing(step, objective="lire"):
+    """Inside, the machine is lost in this step of a run (the first call is the trial before it)."""
+    row, calls = OBJECTIVES[objective], []
+
+    def loss(c, x):
+        calls.append(1)
+        if len(calls) == step + 1:
+            raise OSError("the machine is gone")
+        return row.loss(c, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OBJECTIVES, objective, row._replace(loss=loss))
+        yield
+
+
+# -------------------------------------------------------------------------------------------- files
+
+LISTS = [
+    {
+        "prompt": f"What is {i} like?",
+        "responses": ["Fine, thank you.", "Bad.", "So so."][: 2 + i % 2],
+        "rewards": [1.0, 0.0, 0.5][: 2 + i % 2],
+    }
+    for i in range(60)
+]
+SINGLES = [
+    {"prompt": f"What is {i} like?", "response": "Fine." if i % 2 else "Bad.", "reward": i % 2}
+    for i in range(60)
+]
+THUMBS = [
+    {"prompt": row["prompt"], "completion": row["response"], "label": bool(row["reward"])}
+    for row in SINGLES
+]
+
+
+def write(folder, *lines, name="lists.jsonl") -> str:
+    """A file of these lines: records, strings or bytes."""
+    path = folder / name
+    raw = []
+    for line in lines:
+        text = line if isinstance(line, (str, bytes)) else json.dumps(line)
+        raw.append(text if isinstance(text, bytes) else text.encode())
+    with (gzip.open if name.endswith(".gz") else open)(path, "wb") as file:
+        file.write(b"".join(line + b"\n" for line in raw))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------ what a run has left
+
+
+def checkpoint(folder) -> dict:
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def weights(folder) -> dict:
+    """Of the policy."""
+    return checkpoint(folder)["policy"]
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def same(one, other) -> bool:
+    """Are two state dicts the same bits?"""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ------------------------------------------------------------------------------------------ sources
+
+FOLDERS = ("", "harness", "experiments", "exercises")  # what is local, but for tests
+
+
+def sources() -> dict[str, Path]:
+    """{module: path} of the repository without tests; an empty __init__.py is no module."""
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in paths
+        if path.name != "__init__.py" or path.read_text().strip()
+    }
+
+
+def imports(path, local) -> set[str]:
+    """Those of the `local` modules that a file imports, also inside its functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: a relative import hides what it reads"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & set(local)
+
+
+# ----------------------------------------------------------------------------- losses and gradients
 
 REF, REWARDS = (0.5, 0.3, 0.2), (1.0, 0.0, -1.0)  # three responses: reference, rewards
 

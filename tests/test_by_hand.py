@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import close, problem
-from runs import LISTS, loop_state, small, untrained, write
+from helpers import LISTS, close, loop_state, problem, small, untrained, write
 
 import data
 import frontier

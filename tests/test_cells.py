@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from runs import LISTS, ROOT, imports, small, sources, write
+from helpers import LISTS, ROOT, imports, small, sources, write
 
 import train
 from experiments import cells

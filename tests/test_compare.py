@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from runs import ROOT, SMALL
+from helpers import ROOT, SMALL
 
 import frontier
 from experiments import cells, compare

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from runs import LISTS, ROOT, flags, small, sources, write
+from helpers import LISTS, ROOT, flags, small, sources, write
 
 import data
 import train

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from runs import LISTS, log, loop_state, small, untrained, weights, write
+from helpers import LISTS, log, loop_state, small, untrained, weights, write
 
 import dro
 import frontier

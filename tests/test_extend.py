@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from runs import LISTS, log, small, write
+from helpers import LISTS, log, small, write
 
 import formats
 import tasks

@@ -6,7 +6,7 @@ import sys
 import unittest.mock
 
 import pytest
-from runs import small
+from helpers import small
 
 import train
 from harness import figures

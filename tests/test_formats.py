@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import DATA_DIR, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import DATA_DIR, write
 
 import formats
 

@@ -4,7 +4,7 @@ import ast
 import tokenize
 
 import pytest
-from runs import ROOT, imports, sources
+from helpers import ROOT, imports, sources
 
 SOURCES = sources()
 TESTS = {f"tests.{path.stem}": path for path in sorted((ROOT / "tests").glob("*.py"))}

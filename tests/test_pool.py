@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from runs import DATA_DIR, LISTS, SINGLES, same, small, untrained, write
+from helpers import DATA_DIR, LISTS, SINGLES, same, small, untrained, write
 
 import data
 import model as models

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import same, small, untrained, weights
+from helpers import same, small, untrained, weights
 
 import train
 from harness import reference

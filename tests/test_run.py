@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import (
+from helpers import (
     LISTS,
     ROOT,
     SINGLES,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from runs import LISTS, ROOT, checkpoint, flags, write
+from helpers import LISTS, ROOT, checkpoint, flags, write
 
 from experiments import sample
 from harness import run

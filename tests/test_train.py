@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import LISTS, checkpoint, log, loop_state, same, small, weights, write
+from helpers import LISTS, checkpoint, log, loop_state, same, small, weights, write
 
 import data
 import model

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import loop_state
+from helpers import loop_state
 
 import data
 from harness import update
