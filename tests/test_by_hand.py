@@ -8,12 +8,15 @@ coin of two like faces says the same whatever the random numbers are.
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import LISTS, close, loop_state, problem, small, untrained, write
+from helpers import LISTS, close, failing, loop_state, problem, same, small, untrained, write
 
 import data
 import frontier
@@ -498,6 +501,47 @@ def test_thumbs_need_both_kinds_and_numbers_two_values():
         objectives.thumbs(zeros, [0.0, -1.0])
 
 
+@pytest.mark.parametrize(
+    "objective, own, harmless",
+    [
+        ("kto", {"desirable": "positive", "reward_norm": "global"}, {"desirable": "mean"}),
+        ("dro", {"share_networks": True, "value_lr": 0.1}, {"share_networks": False}),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_and_each_alone_is_not(
+    objective, own, harmless
+):
+    settings(objective, **{**own, **harmless})
+    for name in own:
+        settings(objective, **{name: own[name]})
+    with pytest.raises(ConfigError, match="away$"):
+        settings(objective, **own)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"steps": -1},
+        {"lr": 0.0},
+        {"lr": -0.1},
+        {"lr": True},
+        {"sft_weight": math.nan},
+        {"sft_weight": math.inf},
+        {"seed": 2**64},
+        {"width": 30, "heads": 4},
+        {"layers": 1000, "width": 1000},
+        {"candidates": 1},
+        {"objective": "dpo", "candidates": 1},
+        {"objective": "dro", "temperature": 2.0},
+        {"evolve": 1, "data": ["x.jsonl"]},
+    ],
+    ids=str,
+)
+def test_what_no_run_can_do_is_refused(own):
+    with pytest.raises(ConfigError):
+        settings(**own)
+
+
 @pytest.mark.parametrize("objective", ["dro-p", "kto"])
 def test_what_compares_a_batch_refuses_a_batch_of_one(objective):
     with pytest.raises(ConfigError, match="batch-size must be at least 2, got 1"):
@@ -607,6 +651,16 @@ def test_a_round_samples_each_prompts_responses_for_that_prompt(monkeypatch):
         assert len(visited[k]) == math.ceil(steps * 3 / 2)
     assert [call[:2] for call in calls] == [(2, 1.0)] * 2 and calls[0] != calls[1]
     assert not set(visited[1]) <= set(visited[0]) and visited[0] != [0, 1, 2]
+
+
+def test_policy_and_value_network_begin_as_the_reference_is_and_not_as_it_was_made():
+    c, world, model = untrained(objective="dro")
+    with torch.no_grad():
+        model.wte.weight.mul_(1.5)
+    state = train.new_state(c, world, model)
+    assert same(state.policy.state_dict(), model.state_dict())
+    assert same(state.value_network.backbone.state_dict(), model.state_dict())
+    assert state.reference == run.digest_of(model.state_dict())
 
 
 def test_a_pool_is_of_the_policy_as_it_is_and_scored_by_the_reference_as_it_was():
@@ -745,6 +799,20 @@ def test_every_step_has_its_batch_its_rate_and_its_row(watched, tmp_path):
     assert saved["step"] == 7 and saved["round_index"] == 1
 
 
+def test_a_resumed_run_goes_on_with_the_step_behind_its_checkpoint(watched, tmp_path):
+    own = {"steps": 7, "eval_every": 3, "reference_steps": 1, "candidates": 2}
+    with failing(6), pytest.raises(OSError, match="the machine is gone"):
+        train.main(small(tmp_path / "run", **own))
+    seen, rates = watched
+    assert seen == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    before = rates[3:]
+    seen.clear(), rates.clear()
+    train.main(config.command_line(["--resume", str(tmp_path / "run")]))
+    assert seen == [(0, 3), (1, 0), (1, 1), (1, 2)] and rates[: len(before)] == before
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3, 6, 7]
+
+
 # ------------------------------------------------------------------------------------- the pictures
 
 
@@ -875,6 +943,88 @@ def test_a_digest_tells_names_numbers_shapes_and_kinds_apart():
         {"a": [torch.zeros(2, 3)]},
     ]
     assert len({run.digest_of(content) for content in contents}) == len(contents)
+
+
+def stepped_run(folder):
+    """(c, run, state, its world and reference) of a DRO run that has made a step."""
+    c, world, state, ref = loop_state(objective="dro", evolve=2)
+    c = dataclasses.replace(c, out=str(folder), resume=str(folder))
+    made = train.make_pool(c, world, state, ref, 0)
+    batch = data.make_batch(made.batch(0), world.enc.eot_token)
+    logps = update.response_logps(state.policy, batch, world.allowed)
+    x = update.objective_inputs(c, world, state, ref, batch, logps)
+    loss = objectives.total(objectives.dro_objective(c, x))
+    update.update(state.optimizer, loss, 1, c.steps, c.clip)
+    state.step = 1
+    return c, run.Run(c, {"texts": "a"}, 0.0), state, world, ref
+
+
+def test_a_restored_state_is_the_saved_one_in_every_part(tmp_path):
+    c, own, state, world, ref = stepped_run(tmp_path)
+    own.save(state)
+    new = train.new_state(c, world, ref)
+    run.restore(new, run.load_checkpoint(c, {"texts": "a"}))
+    assert same(new.policy.state_dict(), state.policy.state_dict())
+    assert same(new.value_network.state_dict(), state.value_network.state_dict())
+    old, again = state.optimizer.state_dict()["state"], new.optimizer.state_dict()["state"]
+    assert old and all(same(old[k], again[k]) for k in old)
+    assert not same(new.policy.state_dict(), ref.state_dict())
+    plain = "reference step round_index generated reward_scale pool_metrics".split()
+    assert [getattr(new, k) for k in plain] == [getattr(state, k) for k in plain]
+    assert (new.step, new.round_index) == (1, 0) and new.generated and new.reward_scale
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    c, own, state, *_ = stepped_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    assert "came before the first checkpoint" in own.kept()
+    own.save(state)
+    assert "last good checkpoint is kept" in own.kept()
+    assert run.load_checkpoint(c, {"texts": "a"})["step"] == 1
+    with pytest.raises(ConfigError, match="its data have changed"):
+        run.load_checkpoint(c, {"texts": "b"})
+    with pytest.raises(ConfigError, match="another config"):
+        run.load_checkpoint(dataclasses.replace(c, tau=0.7), {"texts": "a"})
+    state.step = c.steps + 1
+    own.save(state)
+    with pytest.raises(ConfigError, match=f"it is of step {c.steps + 1}"):
+        run.load_checkpoint(c, {"texts": "a"})
+    whole = torch.load(path, weights_only=True)
+    whole["step"] = 1  # a whole file, whose digest is of another one
+    torch.save(whole, path)
+    with pytest.raises(ConfigError, match="does not match its digest"):
+        run.load_checkpoint(c, {"texts": "a"})
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("write failed")])
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch, error):
+    def full(content, file):
+        file.write(b"half")
+        raise error
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(run.torch, "save", full)
+    with pytest.raises(OSError, match="file can't be written"):
+        run.save({"step": 1}, path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_parts_go_with_their_processes(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for process in (dead.pid, os.getppid(), "nobody"):
+        (tmp_path / f"file.{process}.part").write_text("half")
+    run.remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"file.{os.getppid()}.part"]
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with run.locked(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="is in use"), run.locked(tmp_path / "run"):
+            pass
+    with run.locked(tmp_path / "run"):
+        pass
 
 
 def test_a_run_without_metrics_holds_its_folder_and_a_moved_one_is_the_same(tmp_path):
