@@ -25,7 +25,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 LIST = ROOT / "tests" / "mutants.txt"
 PARTS = ("harness", "experiments", "tests", "pyproject.toml")  # of a copy, beside its *.py
-TESTS = {"pool.py": "pool train", "train.py": "train run"}  # of other files: their own alone
+TESTS = {
+    "pool.py": "pool train",
+    "train.py": "train run",
+    "config.py": "config run",
+}  # of other files: their own alone
 AT_ONCE, LONGEST = 2, 600  # copies; seconds until a copy's tests are stopped
 
 
