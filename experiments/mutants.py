@@ -25,11 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 LIST = ROOT / "tests" / "mutants.txt"
 PARTS = ("harness", "experiments", "tests", "pyproject.toml")  # of a copy, beside its *.py
-TESTS = {
-    "pool.py": "pool train",
-    "train.py": "train run",
-    "config.py": "config run",
-}  # of other files: their own alone
+# The tests that a file's mutants meet; those of other files meet their own alone.
+TESTS = {"pool.py": "pool train", "train.py": "train run", "config.py": "config run"}
 AT_ONCE, LONGEST = 2, 600  # copies; seconds until a copy's tests are stopped
 
 
