@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -783,20 +784,34 @@ def watched(monkeypatch):
 
 
 def test_every_step_has_its_batch_its_rate_and_its_row(watched, tmp_path):
-    own = {"steps": 7, "eval_every": 3, "reference_steps": 1, "lr": 0.01, "candidates": 2}
-    train.main(small(tmp_path / "run", objective="lire", **own))
+    own = {"steps": 11, "eval_every": 4, "reference_steps": 1, "lr": 0.01, "candidates": 2}
+    train.main(small(tmp_path / "run", **own))
     seen, rates = watched
-    assert seen == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]  # round(3.5) = 4
-    assert rates == pytest.approx([0.01] + [0.01 * (7 - k) / 6 for k in range(1, 7)])
+    assert seen == [(0, k) for k in range(6)] + [(1, k) for k in range(5)]  # round(5.5) = 6
+    assert rates == pytest.approx([0.01] + [0.01 * (11 - k) / 10 for k in range(1, 11)])
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     log = {row["step"]: row for row in map(json.loads, lines)}
-    assert list(log) == [1, 3, 6, 7] and ["kl" in row for row in log.values()] == [False] + 3 * [
-        True
-    ]
+    looks = [1, 4, 8, 10, 11], [False, True, True, False, True]  # at held-out prompts
+    assert (list(log), ["kl" in row for row in log.values()]) == looks
     assert [row["learning_rate"] for row in log.values()] == [rates[k - 1] for k in log]
     assert all(row["grad_norm"] > 0 for row in log.values())
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 7 and saved["round_index"] == 1
+    assert saved["step"] == 11 and saved["round_index"] == 1
+
+
+def test_a_run_that_is_asked_to_stop_keeps_the_step_it_is_in(watched, tmp_path, monkeypatch):
+    lire, before = OBJECTIVES["lire"], signal.getsignal(signal.SIGINT)
+
+    def loss(c, x):
+        if len(watched[0]) == 2:  # batches were asked for
+            signal.raise_signal(signal.SIGINT)
+        return lire.loss(c, x)
+
+    monkeypatch.setitem(OBJECTIVES, "lire", lire._replace(loss=loss))
+    with pytest.raises(KeyboardInterrupt, match="saved after step 2"):
+        train.main(small(tmp_path / "run", steps=5, eval_every=5, reference_steps=1))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 2 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_resumed_run_goes_on_with_the_step_behind_its_checkpoint(watched, tmp_path):
@@ -943,6 +958,15 @@ def test_a_digest_tells_names_numbers_shapes_and_kinds_apart():
         {"a": [torch.zeros(2, 3)]},
     ]
     assert len({run.digest_of(content) for content in contents}) == len(contents)
+
+
+def test_the_files_of_a_resumed_run_may_move_and_its_settings_may_not(tmp_path):
+    c = settings("dro", data=["old.jsonl"], tau=0.5)
+    (tmp_path / "config.json").write_text(json.dumps(vars(c)))
+    resumed = config.command_line(["--resume", str(tmp_path), "--data", "new.jsonl"])
+    assert (resumed.data, resumed.tau, resumed.out) == (["new.jsonl"], 0.5, str(tmp_path))
+    with pytest.raises(ConfigError, match="tau: 0.5 there, 0.25 here"):
+        config.command_line(["--resume", str(tmp_path), "--tau", "0.25"])
 
 
 def stepped_run(folder):
