@@ -171,9 +171,11 @@ def frontier(
         optima.append(optimum)
         gains.append((earned[rows].mean() - start) / (optimum - start))
 
-    room = optimal - base.mean().item()  # what there is to gain; rounding alone is nothing
+    # What there is to gain; the rounding of float32 log-probs alone is nothing.
+    room = optimal - base.mean().item()
+    gains = torch.stack(gains)  # 0 / 0 where the drawn prompts have nothing to gain
     efficiency = math.nan
-    if room > 1e-12 * rewards.abs().max().item():
+    if room > 1e-6 * rewards.abs().max().item():
         efficiency = (earned.mean() - base.mean()).item() / room
     return Frontier(
         reference_reward=base.mean().item(),
@@ -184,6 +186,6 @@ def frontier(
         optimal_reward=optimal,
         optimal_reward_se=torch.stack(optima).std().item(),
         efficiency=efficiency,
-        efficiency_se=torch.stack(gains).std().item(),
+        efficiency_se=gains[gains.isfinite()].std().item(),
         effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
     )

@@ -407,7 +407,17 @@ def test_rounding_is_nothing_to_gain(B, M):
     for seed in range(20):  # few of them round to something above 0
         (log_b, _), (log_w, _) = problem(B, M, seed), problem(B, M, seed + 100)
         alike = torch.full_like(log_b, 0.1)
-        assert math.isnan(frontier.frontier(log_b, log_w, alike, resamples=2).efficiency)
+        for width in (torch.float64, torch.float32):
+            b, w = log_b.to(width), log_w.to(width)
+            assert math.isnan(frontier.frontier(b, w, alike, resamples=2).efficiency)
+
+
+def test_a_resample_with_nothing_to_gain_has_no_say_in_the_error():
+    """Two prompts, one of them without a contrast: a resample of it alone is 0 / 0."""
+    log_b, rewards = rows([0.5, 0.5], [0.5, 0.5]).log(), rows([1.0, 0.0], [0.3, 0.3])
+    log_w = rows([0.8, 0.2], [0.5, 0.5]).log()
+    f = frontier.frontier(log_b, log_w, rewards)
+    assert math.isfinite(f.efficiency) and math.isfinite(f.efficiency_se)
 
 
 def test_the_curve_spans_all_kl_in_any_unit_of_the_reward():
