@@ -173,7 +173,8 @@ def frontier(
 
     # What there is to gain; the rounding of float32 log-probs alone is nothing.
     room = optimal - base.mean().item()
-    gains = torch.stack(gains)  # 0 / 0 where the drawn prompts have nothing to gain
+    gains = torch.stack(gains)
+    gains = gains[gains.isfinite()]  # not 0 / 0, where the drawn prompts have nothing to gain
     efficiency = math.nan
     if room > 1e-6 * rewards.abs().max().item():
         efficiency = (earned.mean() - base.mean()).item() / room
@@ -186,6 +187,6 @@ def frontier(
         optimal_reward=optimal,
         optimal_reward_se=torch.stack(optima).std().item(),
         efficiency=efficiency,
-        efficiency_se=gains[gains.isfinite()].std().item(),
+        efficiency_se=gains.std().item() if len(gains) > 1 else math.nan,
         effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
     )
