@@ -43,6 +43,8 @@ from torch import Tensor, nn
 import data
 import model as models
 from experiments.cells import write_results
+from harness.pool import set_numerics
+from train import Config
 
 SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
@@ -211,7 +213,7 @@ def memory_of(name: str, shape: tuple[int, int, int], device: str, which: int) -
 
     Call it in a fresh process (see `in_own_process`). which: 0 once, 1 repeated.
     """
-    prepare(device)
+    set_numerics(Config(device=device))
     model, *batches = setup(name, shape, device)
     before = peak_memory(device)
     for _ in range(2):
@@ -226,13 +228,6 @@ def in_own_process(call: Callable, *args: Any) -> Any:
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(call, *args).result()
-
-
-def prepare(device: str) -> None:
-    """What train.main sets: plain float32 products, and on a CPU no subnormal numbers."""
-    torch.set_float32_matmul_precision("highest")
-    if device == "cpu":
-        torch.set_flush_denormal(True)
 
 
 def measure(
@@ -360,7 +355,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         case: [in_own_process(memory_of, *case, args.device, which) for which in (0, 1)]
         for case in cases
     }
-    prepare(args.device)
+    set_numerics(Config(device=args.device))
     peak = peak_flops(args.device)
     device_name = f"CPU, {torch.get_num_threads()} threads"
     if args.device == "cuda":
