@@ -100,7 +100,7 @@ def new_state(c: Config, world: World, reference: nn.Module) -> State:
         else:
             value_lr = c.lr if c.value_lr is None else c.value_lr
             groups.append({"params": list(value_network.parameters()), "peak": value_lr})
-    optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=0.0, fused=True)
     return State(policy, optimizer, value_network, digest_of(reference.state_dict()))
 
 

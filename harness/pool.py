@@ -184,20 +184,24 @@ def sample_lists(
 def score_lists(
     c: Config, world: World, model: nn.Module, examples: list[Example]
 ) -> list[list[float]]:
-    """log pi of every response of every example; prompts of like length share a batch."""
-    logps = [[]] * len(examples)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
+    """log pi of every response of every example."""
+    # The same response to a prompt is scored once; lists of like size share a batch.
+    distinct = [[*dict.fromkeys(map(tuple, e.response_ids))] for e in examples]
+    order = sorted(range(len(examples)), key=lambda index: -len(distinct[index]))
     # Few prompts at a time, so that their logits stay in the processor's cache; more on a GPU.
-    M = max((len(e.response_ids) for e in examples), default=1)
-    room = 3e6 if c.device == "cpu" else 1e8
-    size = max(1, int(room / (M * world.max_response * world.enc.n_vocab)))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        batch = data.make_batch([examples[i] for i in rows], world.enc.eot_token, c.device)
+    room = 1.5e6 if c.device == "cpu" else 1e8
+    logps = [[]] * len(examples)
+    while order:
+        M = max(1, len(distinct[order[0]]))
+        size = max(1, int(room / (M * world.max_response * world.enc.n_vocab)))
+        rows, order = order[:size], order[size:]
+        lists = with_responses([examples[i] for i in rows], [distinct[i] for i in rows])
+        batch = data.make_batch(lists, world.enc.eot_token, c.device)
         with precision(c):
             scores = models.response_logps(model, batch, world.allowed).tolist()
         for i, row in zip(rows, scores):
-            logps[i] = row[: len(examples[i].response_ids)]
+            known = dict(zip(distinct[i], row))
+            logps[i] = [known[tuple(ids)] for ids in examples[i].response_ids]
     return logps
 
 

@@ -39,7 +39,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
     """SFT on the logged responses, good and bad alike: mean negative log-likelihood per token."""
     model = new_model(c, world)
     groups = [{"params": list(model.parameters()), "peak": c.reference_lr}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     progress, batches, epoch = Progress("reference", c.reference_steps), [], 0
     for step in range(1, c.reference_steps + 1):
         if not batches:
