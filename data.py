@@ -2,7 +2,7 @@
 
 load(["lists.jsonl"])      -> Records   {"prompt": str, "responses": [str, ...],
                                         "rewards": [float, ...]}
-make_task("dialogue", rng) -> Task      a synthetic world: prompts, logged Records, an exact reward
+make_task("dialogue")      -> Task      a synthetic world: prompts, logged Records, an exact reward
 train_bpe(texts, 512)      -> ranks     a byte-pair encoding, used through tiktoken (`encoding`)
 tokenize(records, enc)     -> Examples  token ids, EOS appended
 make_batch(examples, eos)  -> Batch     padded tensors; masks are carried, never guessed from values

@@ -1,64 +1,116 @@
 """Three synthetic worlds with an exact reward: dialogue, summary and tiny.
 
-    make_task("dialogue", random.Random(0)) -> Task    prompts, logged responses,
-                                                       reward(prompt, response)
+    make_task("dialogue", seed=0) -> Task      prompts, logged responses, reward(prompt, response)
 
-A world (its prompts, their split, the reward) is always the same; the logged responses, of mixed
+A world hands out its training prompts and their logged answers by index, so dialogue and summary
+are too large to memorise. Prompts and reward are always the same; the logged answers, of mixed
 quality, are drawn anew for every seed. A new task is one function and one row of TASKS.
 """
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 @dataclass
 class Task:
-    """A world: "train" prompts, "heldout" (known subjects, asked anew), "ood" (new subjects)."""
+    """A world: training prompts, "heldout" ones (never asked before), "ood" ones (new subjects)."""
 
     name: str
-    prompts: dict[str, list[str]]
-    # Records: mixed-quality responses to the training prompts, for the reference.
-    logged: list[dict]
+    train: Sequence[str]  # a list, or ByIndex
+    heldout: list[str]
+    ood: list[str]
+    # Logged answers of mixed quality to a prompt: what the reference learns from.
+    answers: Callable[[str, random.Random], list[str]]
     reward: Callable[[str, str], float]
     max_response: int  # tokens, EOS included
     breakdown: Callable[[str, str], dict[str, float]] = lambda prompt, response: {}  # of the reward
     # All that a response is made of, if it is so few.
     words: list[str] = field(default_factory=list)
     vocabulary: list[str] = field(default_factory=list)  # fixed tokens; empty: a BPE is trained
+    seed: int = 0  # of the logged answers
+
+    def prompts(self, split: str, start: int = 0, n: int | None = None) -> list[str]:
+        """n prompts of a split from this index on (default: all); after the last comes the first.
+
+        Args: split: "train", "heldout" or "ood".
+        """
+        prompts = getattr(self, split)
+        stop = len(prompts) if n is None else start + n
+        return [prompts[i % len(prompts)] for i in range(start, stop)]
+
+    def logged(self, start: int, n: int) -> list[dict]:
+        """Records of n training prompts from this index on, each with its logged answers.
+
+        An index has the same answers whatever else is asked for; one beyond the last prompt has the
+        prompt of an earlier one, with answers of its own.
+        """
+        return [
+            rewarded(prompt, self.answers(prompt, random.Random(f"{self.seed} {i}")), self.reward)
+            for i, prompt in enumerate(self.prompts("train", start, n), start)
+        ]
 
 
-def make_task(name: str, rng: random.Random) -> Task:
+class ByIndex(Sequence):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, size: int, make: Callable[[int], str]) -> None:
+        self.size, self.make = size, make
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.make(index)
+
+
+def rewarded(prompt: str, responses: list[str], reward: Callable[[str, str], float]) -> dict:
+    """A Record: a prompt, its responses and their rewards."""
+    rewards = [reward(prompt, response) for response in responses]
+    return {"prompt": prompt, "responses": responses, "rewards": rewards}
+
+
+def make_task(name: str, seed: int = 0) -> Task:
     """Make a synthetic task: "dialogue", "summary" or "tiny".
 
-    Args: name: a row of TASKS; rng: draws the logged responses.
+    Args: name: a row of TASKS; seed: of the logged answers.
     Returns: a Task.
     Raises: ValueError on another name.
 
-    >>> task = make_task("dialogue", random.Random(0))
+    >>> task = make_task("dialogue")
     >>> question = "How was the Ashford soup?"
-    >>> answer = "The Ashford soup was very hot. It was not bad."
-    >>> task.reward(question, answer)  # 5 + 3 (1.5 + 0.3) / 2
+    >>> answer = "The Ashford soup was very hot. It was not bad."  # praise 1.5 + 0.3, 10 words
+    >>> task.reward(question, answer)  # 5.5 + 1.5 x 1.8 - 0.05 x 10
     7.7
-    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")  # 5 - 3 x 1.5
-    0.5
+    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")  # - 1.5 x 1.5
+    2.95
     >>> task.reward(question, "It was very hot.")  # no subject
     0.0
     """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not one of {', '.join(TASKS)}")
-    return TASKS[name].make(rng)
+    task = TASKS[name].make()
+    task.seed = seed
+    return task
 
 
 # ----------------------------------------------------------------------------------------- dialogue
 
 # Places are spelt from known syllables, so that a new place can be read and copied.
-FIRST = "Ash Bram Cor Dun El Fern Glen Hol Kel Lyn Mar Nor Os Pen Rad Stan Tar Ux Wal York".split()
-LAST = "by cot dale den ford ham ley mere port stow ton wick".split()
+FIRST = (
+    "Al Ash Bar Bram Ched Cor Dal Dun Ed El Far Fern Glen Graf Hat Hol Ips Kel Ken Lan Lyn Mar Mel "
+    "Nant Nor Oak Os Pem Pen Rad Rock Sal Stan Tar Thorn Upp Ux Wal Wood York"
+).split()
+LAST = (
+    "bourne bridge bury by combe cot dale den field ford gate grove ham hurst ley mere minster "
+    "mouth port stead stow ton wick worth"
+).split()
 PLACES = [first + last for first in FIRST for last in LAST]
-NEW_PLACES = [PLACES[12 * i + 5 * i % 12] for i in range(20)]  # one of each first syllable
+NEW_PLACES = [PLACES[24 * i + 5 * i % 24] for i in range(40)]  # one of each first syllable
 OLD_PLACES = [place for place in PLACES if place not in NEW_PLACES]  # the only ones trained on
 
 QUESTIONS = [
@@ -68,6 +120,12 @@ QUESTIONS = [
     "Was the {} any good?",
     "Tell me about the {}.",
     "Would you recommend the {}?",
+    "How did you find the {}?",
+    "What can you say about the {}?",
+    "Please describe the {}.",
+    "Is the {} worth it?",
+    "What did you think of the {}?",
+    "Any words on the {}?",
 ]
 GENERAL = {"good": 0.4, "lovely": 0.6, "wonderful": 0.8, "poor": -0.4, "bad": -0.6, "awful": -0.8}
 KINDS = [  # things, words that praise them, words that blame them: half do both somewhere
@@ -87,24 +145,36 @@ DEGREE = {"very": 1.5, "rather": 0.5}
 PHRASE = re.compile(r"(not )?(?:(very|rather) )?([a-z]+)")
 
 
-def dialogue(rng: random.Random) -> Task:
+def dialogue() -> Task:
     """A question about a thing in a place, an answer of one to three clauses, a mark out of ten.
 
-    reward = 5 + 3 x mean over clauses of value(adjective, thing) x {very 1.5, rather 0.5} x (-0.5
-    if "not"), an adjective counted once, so 0.5 to 9.5; 0 for broken grammar, a word off topic,
-    four clauses, or an answer that does not name its subject. Each subject has its own share of
-    praise among its logged answers; one logged answer in twenty is spoilt.
+    reward = 5 + 2 x praise - 0.1 x clauses; praise is the sum over different adjectives of
+    value(adjective, thing) x {very 1.5, rather 0.5} x (-0.5 if "not"), kept within -2 and 2. It is
+    0 for broken grammar, a word off topic, four clauses, or an answer that does not name its
+    subject. Each thing has its own share of praise among its logged answers; one logged answer in
+    twenty is spoilt.
     """
+    things, subjects = list(SENTIMENT), len(OLD_PLACES) * len(SENTIMENT)
+
+    def prompt(index):
+        # 136,463 has no divisor in common with the number of questions: each is asked once.
+        number = 136_463 * index % (subjects * len(QUESTIONS))
+        which, subject = divmod(number, subjects)
+        thing, place = divmod(subject, len(OLD_PLACES))
+        return QUESTIONS[which].format(f"{OLD_PLACES[place]} {things[thing]}")
+
+    def subject_of(prompt):
+        return re.search(r"the (\w+) (\w+)", prompt).groups()
 
     def reward(prompt, response):
-        place, thing = re.search(r"the (\w+) (\w+)", prompt).groups()
+        place, thing = subject_of(prompt)
         sentiment, named = SENTIMENT[thing], f"The {place} {thing} was "
         text = response.strip()
         clauses = text.removeprefix(named).split(". It was ")
         if not (text.startswith(named) and clauses[-1].endswith(".") and len(clauses) <= 3):
             return 0.0
         clauses[-1] = clauses[-1][:-1]
-        total, used = 0.0, set()
+        praise, used = 0.0, set()
         for clause in clauses:
             phrase = PHRASE.fullmatch(clause)
             if not phrase or phrase[3] not in sentiment:
@@ -112,11 +182,12 @@ def dialogue(rng: random.Random) -> Task:
             negation, degree, adjective = phrase.groups()
             if adjective not in used:
                 sign = -0.5 if negation else 1.0
-                total += sentiment[adjective] * DEGREE.get(degree, 1.0) * sign
+                praise += sentiment[adjective] * DEGREE.get(degree, 1.0) * sign
             used.add(adjective)
-        return round(5 + 3 * total / len(clauses), 6)
+        return round(5 + 2 * max(-2.0, min(praise, 2.0)) - 0.1 * len(clauses), 6)
 
-    def answer(place, thing, praise_share):
+    def answer(place, thing, rng):
+        praise_share = (0.06, 0.3, 0.7, 0.94)[things.index(thing) % 4]
         clauses = []
         for _ in range(rng.randint(1, 3)):
             good, negated = rng.random() < praise_share, rng.random() < 0.25
@@ -134,29 +205,17 @@ def dialogue(rng: random.Random) -> Task:
             text = " ".join(words)
         return text
 
-    prompts, logged = {"train": [], "heldout": [], "ood": []}, []
-    for i, thing in enumerate(SENTIMENT):
-        for j, place in enumerate(OLD_PLACES):
-            if (i + j) % 8:  # an eighth of all pairs
-                continue
-            share = (0.06, 0.3, 0.7, 0.94)[i % 4] + (0.04 if j % 16 < 8 else -0.04)
-            subject = f"{place} {thing}"
-            *train, heldout = [QUESTIONS[(i + j // 8 + k) % 6].format(subject) for k in range(3)]
-            prompts["train"] += train
-            prompts["heldout"].append(heldout)
-            for prompt in train:
-                logged.append(
-                    rewarded(prompt, [answer(place, thing, share) for _ in range(4)], reward)
-                )
-        for j, place in enumerate(NEW_PLACES):
-            prompts["ood"].append(QUESTIONS[(i + j) % 6].format(f"{place} {thing}"))
-    return Task("dialogue", prompts, logged, reward, max_response=32)
+    def answers(prompt, rng):
+        return [answer(*subject_of(prompt), rng) for _ in range(4)]
 
-
-def rewarded(prompt: str, responses: list[str], reward: Callable[[str, str], float]) -> dict:
-    """A Record: a prompt, its responses and their rewards."""
-    rewards = [reward(prompt, response) for response in responses]
-    return {"prompt": prompt, "responses": responses, "rewards": rewards}
+    train = ByIndex(subjects * len(QUESTIONS) - 300, prompt)
+    heldout = [prompt(len(train) + i) for i in range(300)]
+    ood = [
+        QUESTIONS[(i + j) % len(QUESTIONS)].format(f"{place} {thing}")
+        for i, thing in enumerate(things)
+        for j, place in enumerate(NEW_PLACES)
+    ]
+    return Task("dialogue", train, heldout, ood, answers, reward, max_response=32)
 
 
 # ------------------------------------------------------------------------------------------ summary
@@ -172,7 +231,7 @@ FILLER = ["basically", "anyway", "thanks for reading"]
 STATED = re.compile("|".join(fact.format(r"(\w+)") for fact in FACTS).replace(".", r"\."))
 
 
-def summary(rng: random.Random) -> Task:
+def summary() -> Task:
     """A post that states several facts of a place among noise and denials, and a TL;DR.
 
     reward = covered - invented - 0.1 x words: facts of the post named (once each), claims that it
@@ -203,7 +262,8 @@ def summary(rng: random.Random) -> Task:
         counts = breakdown(prompt, response)
         return round(counts["covered"] - counts["invented"] - 0.1 * counts["words"], 6)
 
-    def post(rng, places):
+    def post(places, name):
+        rng = random.Random(name)
         things = rng.sample(THINGS, 5)
         stated, denied = rng.randint(3, 4), rng.randint(0, 1)
         sentences = [rng.choice(FACTS).format(thing) for thing in things[:stated]]
@@ -213,8 +273,7 @@ def summary(rng: random.Random) -> Task:
         rng.shuffle(sentences)
         return " ".join([f"We went to {rng.choice(places)}.", *sentences, "TL;DR:"])
 
-    def tldr(prompt):
-        facts, place = facts_of(prompt), place_of(prompt)
+    def tldr(facts, place, rng):
         claims = [
             rng.choice(THINGS if rng.random() < 1 / 8 else facts) for _ in range(rng.randint(1, 5))
         ]
@@ -222,13 +281,20 @@ def summary(rng: random.Random) -> Task:
         head = rng.choice(OLD_PLACES) if rng.random() < 1 / 24 else place
         return f"{head}: " + ", ".join(claims) + "."
 
-    world = random.Random(0)  # the posts are the same in every run
-    splits = {"train": (OLD_PLACES, 3000), "heldout": (OLD_PLACES, 300), "ood": (NEW_PLACES, 300)}
-    prompts = {
-        split: [post(world, places) for _ in range(n)] for split, (places, n) in splits.items()
-    }
-    logged = [rewarded(p, [tldr(p) for _ in range(4)], reward) for p in prompts["train"]]
-    return Task("summary", prompts, logged, reward, max_response=32, breakdown=breakdown)
+    def answers(prompt, rng):
+        facts, place = facts_of(prompt), place_of(prompt)
+        return [tldr(facts, place, rng) for _ in range(4)]
+
+    return Task(
+        "summary",
+        train=ByIndex(200_000, lambda index: post(OLD_PLACES, f"train {index}")),
+        heldout=[post(OLD_PLACES, f"heldout {i}") for i in range(300)],
+        ood=[post(NEW_PLACES, f"ood {i}") for i in range(300)],
+        answers=answers,
+        reward=reward,
+        max_response=32,
+        breakdown=breakdown,
+    )
 
 
 # --------------------------------------------------------------------------------------------- tiny
@@ -250,41 +316,52 @@ ASK = ["What is the {} like?", "Describe the {}.", "How is the {}?", "Tell me of
 NEW_THINGS = ["bay", "well", "tomb", "moor"]  # never trained on
 
 
-def tiny(rng: random.Random) -> Task:
+def tiny() -> Task:
     """A question answered by 1 to 3 words of 8: all 8 + 64 + 512 = 584 responses can be enumerated.
 
     reward = 1 for each word that fits the thing (once), -0.5 for every other word.
     """
 
+    def fits_of(prompt):
+        return FITS[re.search(r"the (\w+)", prompt)[1]].split()
+
     def reward(prompt, response):
-        fits, words = FITS[re.search(r"the (\w+)", prompt)[1]].split(), response.split()
+        fits, words = fits_of(prompt), response.split()
         fitting = len(set(words) & set(fits))
         return fitting - 0.5 * (len(words) - fitting)
 
-    def answer(fits):
-        return " ".join(
-            rng.choice(fits.split() if rng.random() < 0.2 else WORDS)
-            for _ in range(rng.randint(1, 3))
-        )
+    def answers(prompt, rng):
+        fits = fits_of(prompt)
+        pick = lambda: rng.choice(fits if rng.random() < 0.2 else WORDS)
+        return [" ".join(pick() for _ in range(rng.randint(1, 3))) for _ in range(8)]
 
-    prompts, logged = {"train": [], "heldout": [], "ood": []}, []
-    for i, (thing, fits) in enumerate(FITS.items()):
-        *train, heldout = [ASK[(i + k) % 4].format(thing) for k in range(4)]
+    train, heldout, ood = [], [], []
+    for i, thing in enumerate(FITS):
+        *first, last = [ASK[(i + k) % 4].format(thing) for k in range(4)]
         if thing in NEW_THINGS:
-            prompts["ood"].append(heldout)
-            continue
-        prompts["train"] += train
-        prompts["heldout"].append(heldout)
-        logged += [rewarded(p, [answer(fits) for _ in range(8)], reward) for p in train * 4]
+            ood.append(last)
+        else:
+            train += first
+            heldout.append(last)
     asked = {
         word for question in ASK for word in re.findall(r" ?\w+| ?[^\w\s]", question.format(""))
     }
     vocabulary = sorted(asked | {" " + word for word in [*FITS, *WORDS]})
-    return Task("tiny", prompts, logged, reward, max_response=4, words=WORDS, vocabulary=vocabulary)
+    return Task(
+        "tiny",
+        train,
+        heldout,
+        ood,
+        answers,
+        reward,
+        max_response=4,
+        words=WORDS,
+        vocabulary=vocabulary,
+    )
 
 
 class TaskRow(NamedTuple):
-    make: Callable[[random.Random], Task]
+    make: Callable[[], Task]
     defaults: dict = {}  # of a run on this task, where they are not those of every task
     unread: tuple[str, ...] = ()  # options that a run on it does not read
 

@@ -43,6 +43,7 @@ from harness.pool import (
     precision,
     reward_list,
     rng,
+    round_starts,
     sample_lists,
     score_lists,
     set_numerics,
@@ -78,7 +79,7 @@ class State:
     reference: str = ""  # digest of the reference's weights, which never change
     step: int = 0  # optimiser steps done
     round_index: int = -1  # the round that `generated` belongs to
-    generated: list | None = None  # responses sampled in it, [[ids, ...], ...] for every prompt
+    generated: list | None = None  # responses sampled in it, [[ids, ...], ...] of its prompts
     reward_scale: list | None = None  # mean and deviation of the first pool's rewards
     pool_metrics: dict | None = None  # how many of the last pool's candidates and rewards differ
 
@@ -107,12 +108,6 @@ def new_state(c: Config, world: World, reference: nn.Module) -> State:
 # ------------------------------------------------------------------------------ the pool of a round
 
 
-def round_starts(c: Config) -> list[int]:
-    """Steps done when each round begins, and at the end: round k is steps [k] + 1 to [k + 1]."""
-    rounds = max(c.evolve, 1)
-    return [round(k * c.steps / rounds) for k in range(rounds + 1)]
-
-
 def make_pool(
     c: Config, world: World, state: State, reference: nn.Module, round_index: int
 ) -> Pool:
@@ -123,10 +118,13 @@ def make_pool(
     needs = OBJECTIVES[c.objective].needs
     # Responses: M samples a prompt from the policy as it is now, in place of the last round's
     # (a run that was resumed inside a round has them already); with --evolve 0 the data's own.
+    prompts = world.rounds[round_index]
     if c.evolve and state.round_index != round_index:
-        state.generated = sample_round(c, world, state.policy, round_index)
+        generator = rng(c.seed, "pool", round_index, device=c.device)
+        M, temperature = c.candidates, c.sample_temperature
+        state.generated = sample_lists(c, world, state.policy, prompts, M, generator, temperature)
     state.round_index = round_index
-    lists = with_responses(world.train, state.generated) if c.evolve else own_lists(c, world)
+    lists = with_responses(prompts, state.generated) if c.evolve else own_lists(c, world)
     lists = comparable(c, lists)
 
     # Rewards: the task's or the file's, on the scale of the first pool where that is asked for.
@@ -151,22 +149,6 @@ def make_pool(
         ref_logps = score_lists(c, world, reference, lists)
         lists = [replace(e, ref_logps=logps) for e, logps in zip(lists, ref_logps)]
     return Pool(lists, round_index, c.batch_size, c.seed)
-
-
-def sample_round(c: Config, world: World, policy: nn.Module, round_index: int) -> list:
-    """M responses to each training prompt that the round will visit, none to the others."""
-    starts = round_starts(c)
-    steps = starts[round_index + 1] - starts[round_index]
-    visits = -(-steps * c.batch_size // c.iterate)  # prompts that one pass reads
-    generator = rng(c.seed, "prompts", round_index)
-    order = torch.randperm(len(world.train), generator=generator).tolist()
-    chosen = sorted(order[:visits])
-    examples = [world.train[i] for i in chosen]
-    generator = rng(c.seed, "pool", round_index, device=c.device)
-    M, temperature = c.candidates, c.sample_temperature
-    samples = sample_lists(c, world, policy, examples, M, generator, temperature)
-    responses = dict(zip(chosen, samples))
-    return [responses.get(i, []) for i in range(len(world.train))]
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -250,12 +232,13 @@ def main(config: Config) -> dict:
 def align(c: Config, world: World, began: float) -> dict:
     """The run in its folder, which is ours alone; as `main`."""
     out, key = Path(c.out), cache_key(c, world)
-    checkpoint = load_checkpoint(c, key)
+    run_key = key | {"rounds": world.rounds_fingerprint[:16]}
+    checkpoint = load_checkpoint(c, run_key)
     print(describe_settings(c))
     save(json.dumps(vars(c), indent=1), out / "config.json")
     if world.ranks:
         save_ranks(world.ranks, out / "tokenizer.txt")
-    run = Run(c, key, began)
+    run = Run(c, run_key, began)
     run.lap("setup")
 
     # Where it starts from: the reference, which never changes.

@@ -4,7 +4,6 @@ python -m experiments.sample out/lire-dialogue-0 --prompt "How was the Ashford s
 """
 
 import argparse
-import random
 from pathlib import Path
 
 import torch
@@ -40,7 +39,7 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
             raise ConfigError(f"{folder / 'tokenizer.txt'} is damaged ({reason_of(e)})") from None
     else:
         enc = data.gpt2_encoding()
-    task = None if c.data else data.make_task(c.task, random.Random(c.seed))
+    task = None if c.data else data.make_task(c.task, c.seed)
     allowed = data.allowed_tokens(task, enc) if task else None
     world = World(
         enc=enc,

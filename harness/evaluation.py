@@ -371,7 +371,7 @@ def evaluate(c: Config, world: World, state: Any, reference: nn.Module) -> tuple
         save(json.dumps(picture), out / "frontier.json")
         splits = {"ood": world.ood}
         if world.task.words:  # is what it learnt exact?
-            splits["train"] = world.train
+            splits["train"] = world.rounds[0] if world.rounds else []
         for split, examples in splits.items():
             if examples:
                 own = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +14,25 @@ import data
 import model as models
 from data import DataError, Example, Task
 from harness.config import Config, ConfigError, learn_from_singles, why_lists
+from objectives import OBJECTIVES
 
 
 @dataclass
 class World:
-    """What a run works on: tokens, the reference's lists, evaluation prompts, a task or none."""
+    """What a run works on: tokens, lists of reference and rounds, evaluation prompts, a task."""
 
     enc: tiktoken.Encoding
     task: Task | None
     allowed: Tensor | None  # [max_response, V] bool, where a task allows some tokens only
     max_response: int
     ranks: dict | None = None  # of enc; None for gpt2
-    logged: list[Example] = ()  # the reference is trained on; with --evolve 0 also the pool
+    logged: list[Example] = ()  # the reference is trained on
+    # Of a task the prompts of each round, with --evolve 0 logged lists; of files, their lists.
+    rounds: list[list[Example]] = ()
     heldout: list[Example] = ()  # held-out lists of a file, or prompts of a task
     ood: list[Example] = ()  # prompts about subjects never trained on
-    train: list[Example] = ()  # training prompts of a task
-    fingerprint: str = ""  # sha256 over all texts and rewards
+    fingerprint: str = ""  # sha256 over what the reference learns from, and a file's held-out lists
+    rounds_fingerprint: str = ""  # sha256 over what the rounds are handed
 
 
 def make_world(c: Config) -> World:
@@ -40,9 +42,15 @@ def make_world(c: Config) -> World:
     """
     if c.data:
         task, (records, heldout) = None, load_files(c)
+        rounds = [records]
     else:
-        task = data.make_task(c.task, random.Random(c.seed))
-        records, heldout = task.logged, []
+        task, heldout = data.make_task(c.task, c.seed), []
+        # First what the reference reads, once; then what each round does.
+        records = task.logged(0, c.reference_steps * c.batch_size)
+        rounds = [
+            task.logged(start, n) if not c.evolve else unanswered(task.prompts("train", start, n))
+            for start, n in round_prompts(c, len(records), len(task.train))
+        ]
 
     # The tokenizer: tiktoken's own, the task's words, or a BPE trained on the run's own text.
     ranks = None
@@ -55,7 +63,8 @@ def make_world(c: Config) -> World:
     elif task and task.vocabulary:
         ranks = data.word_ranks(task.vocabulary)
     else:
-        texts = (t for r in records for t in [r["prompt"], *(" " + y for y in r["responses"])])
+        some = task.logged(0, 1000) if task else records
+        texts = (t for r in some for t in [r["prompt"], *(" " + y for y in r["responses"])])
         ranks = data.train_bpe(texts, c.vocab_size)
     enc = data.encoding(ranks) if ranks else enc
     if task and task.words and c.max_response < task.max_response:
@@ -66,22 +75,43 @@ def make_world(c: Config) -> World:
     def tokens(records, say=lambda line: None):
         return data.tokenize(records, enc, c.max_prompt, c.max_response, say)
 
-    def prompts(split):
-        return tokens([{"prompt": p, "responses": [], "rewards": []} for p in task.prompts[split]])
-
     allowed = data.allowed_tokens(task, enc) if task else None
+    logged = tokens(records) if task else tokens(records, print)
     return World(
         enc=enc,
         ranks=ranks,
         task=task,
-        logged=tokens(records) if task else tokens(records, print),
-        heldout=prompts("heldout") if task else tokens(heldout),
-        ood=prompts("ood") if task else [],
-        train=prompts("train") if task else [],
+        logged=logged,
+        rounds=[tokens(lists) for lists in rounds] if task else [logged],
+        heldout=tokens(unanswered(task.heldout) if task else heldout),
+        ood=tokens(unanswered(task.ood)) if task else [],
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=min(c.max_response, task.max_response) if task else c.max_response,
         fingerprint=hashlib.sha256(json.dumps([records, heldout]).encode()).hexdigest(),
+        rounds_fingerprint=hashlib.sha256(json.dumps(rounds).encode()).hexdigest(),
     )
+
+
+def unanswered(prompts: list[str]) -> list[dict]:
+    """Records of prompts alone."""
+    return [{"prompt": prompt, "responses": [], "rewards": []} for prompt in prompts]
+
+
+def round_starts(c: Config) -> list[int]:
+    """Steps done when each round begins, and at the end: round k is steps [k] + 1 to [k + 1]."""
+    rounds = max(c.evolve, 1)
+    return [round(k * c.steps / rounds) for k in range(rounds + 1)]
+
+
+def round_prompts(c: Config, first: int, size: int) -> list[tuple[int, int]]:
+    """(index of its first prompt, number) for each round: no prompt twice in a round.
+
+    Args: first: prompts that the reference has read; size: how many there are.
+    """
+    if OBJECTIVES[c.objective].loss is None:
+        return []
+    ends = [-(-step * c.batch_size // c.iterate) for step in round_starts(c)]
+    return [(first + start, min(end - start, size)) for start, end in zip(ends, ends[1:])]
 
 
 def load_files(c: Config) -> tuple[list[dict], list[dict]]:
@@ -223,7 +253,7 @@ def own_lists(c: Config, world: World) -> list[Example]:
     M = c.candidates
     return [
         dataclasses.replace(e, response_ids=e.response_ids[:M], rewards=e.rewards[:M])
-        for e in world.logged
+        for e in world.rounds[0]
     ]
 
 

@@ -173,7 +173,7 @@ def load_checkpoint(c: Config, key: dict[str, str]) -> dict | None:
         raise ConfigError(f"--resume {c.resume}: its checkpoint is of another config ({changed})")
     if not 0 <= step <= c.steps:
         raise ConfigError(f"{path} is damaged (it is of step {step}, the run has {c.steps})")
-    if old_key.get("texts") != key["texts"]:
+    if any(old_key.get(name) != key[name] for name in ("texts", "rounds")):
         raise ConfigError(
             f"--resume {c.resume}: its data have changed since the checkpoint was written"
         )

@@ -1,6 +1,6 @@
 """The worlds: their prompts, their logged responses, and rewards worked out by hand."""
 
-import random
+import itertools
 import re
 from collections import Counter
 
@@ -9,7 +9,8 @@ import pytest
 import data
 import tasks
 
-TASK = {name: tasks.make_task(name, random.Random(0)) for name in ("dialogue", "summary", "tiny")}
+TASK = {name: tasks.make_task(name) for name in ("dialogue", "summary", "tiny")}
+TRAIN = {name: task.prompts("train") for name, task in TASK.items()}
 SUBJECT = {"dialogue": r"the (\w+) \w+", "summary": r"to (\w+)\.", "tiny": r"the (\w+)"}
 
 
@@ -20,92 +21,128 @@ def task(request):
 
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="dialogue, summary, tiny"):
-        tasks.make_task("chess", random.Random(0))
+        tasks.make_task("chess")
+
+
+@pytest.mark.parametrize("name, size", [("dialogue", 200_000), ("summary", 200_000), ("tiny", 60)])
+def test_there_are_as_many_different_training_prompts_as_it_says(name, size):
+    assert len(TRAIN[name]) == len(set(TRAIN[name])) == len(TASK[name].train) >= size
 
 
 def test_splits_share_no_prompt(task):
-    splits = [set(task.prompts[s]) for s in ("train", "heldout", "ood")]
+    splits = [set(TRAIN[task.name]), set(task.heldout), set(task.ood)]
     assert all(splits) and sum(map(len, splits)) == len(set.union(*splits))
+    assert len(task.heldout) == len(set(task.heldout)) and len(task.ood) == len(set(task.ood))
 
 
 def test_new_subjects_stand_in_no_training_prompt_and_no_logged_response(task):
-    subjects = {re.search(SUBJECT[task.name], p)[1] for p in task.prompts["ood"]}
-    seen = {
-        w
-        for r in task.logged
-        for text in [r["prompt"], *r["responses"]]
-        for w in re.findall(r"\w+", text)
-    }
+    subjects = {re.search(SUBJECT[task.name], p)[1] for p in task.prompts("ood")}
+    answers = [text for r in task.logged(0, 3000) for text in r["responses"]]
+    seen = set(re.findall(r"\w+", " ".join([*TRAIN[task.name], *answers])))
     assert subjects and not subjects & seen
-    assert {re.search(SUBJECT[task.name], p)[1] for p in task.prompts["heldout"]} <= seen
+    assert {re.search(SUBJECT[task.name], p)[1] for p in task.prompts("heldout")} <= seen
+
+
+def test_prompts_are_handed_out_by_index_and_begin_anew_after_the_last(task):
+    size, every = len(task.train), TRAIN[task.name]
+    assert task.prompts("train", 7, 5) == every[7:12]
+    assert task.prompts("train", size - 1, 3) == [every[-1], *every[:2]]
+    assert task.prompts("train", 5 * size + 2, 1) == [every[2]]
+    assert task.prompts("heldout", 1, 2) == task.heldout[1:3] and task.prompts("ood") == task.ood
+    assert task.prompts("train", 3, 0) == task.logged(3, 0) == []
+    assert [task.train[0], task.train[size - 1]] == [every[0], every[-1]]
+    with pytest.raises(IndexError):
+        task.train[size]
 
 
 def test_logged_lists_answer_the_training_prompts_with_their_true_rewards(task):
-    assert {r["prompt"] for r in task.logged} == set(task.prompts["train"])
-    for r in task.logged[::7]:
-        assert r["rewards"] == [task.reward(r["prompt"], t) for t in r["responses"]]
+    logged = task.logged(40, 30)
+    assert [r["prompt"] for r in logged] == task.prompts("train", 40, 30)
+    for r in logged:
+        assert len(r["responses"]) >= 4
+        assert r["rewards"] == [task.reward(r["prompt"], text) for text in r["responses"]]
 
 
-def test_the_rng_draws_the_logged_responses_and_nothing_else(task):
-    again, other = (
-        tasks.make_task(task.name, random.Random(0)),
-        tasks.make_task(task.name, random.Random(1)),
-    )
-    assert again.logged == task.logged and other.logged != task.logged
-    assert again.prompts == other.prompts == task.prompts
-    assert [other.reward(r["prompt"], t) for r in task.logged[::11] for t in r["responses"]] == [
-        x for r in task.logged[::11] for x in r["rewards"]
-    ]
+def test_seed_and_index_alone_draw_the_logged_answers(task):
+    again, other = tasks.make_task(task.name, 0), tasks.make_task(task.name, 1)
+    assert again.logged(0, 20) == task.logged(0, 20)
+    assert again.logged(12, 3) == task.logged(0, 20)[12:15]  # whatever else is asked for
+    assert other.logged(0, 20) != task.logged(0, 20)
+    for split in ("train", "heldout", "ood"):
+        assert other.prompts(split, 0, 50) == task.prompts(split, 0, 50)
+    for r in task.logged(0, 20):
+        assert r["rewards"] == [other.reward(r["prompt"], text) for text in r["responses"]]
+
+
+def test_a_prompt_that_comes_again_has_answers_of_its_own():
+    tiny = TASK["tiny"]
+    first, again = tiny.logged(4, 1)[0], tiny.logged(64, 1)[0]
+    assert first["prompt"] == again["prompt"] and first["responses"] != again["responses"]
 
 
 def test_the_reward_reads_the_prompt(task):
-    r = task.logged[0]
-    assert [task.reward(task.prompts["train"][-1], t) for t in r["responses"]] != r["rewards"]
+    r = task.logged(0, 1)[0]
+    assert [task.reward(TRAIN[task.name][-1], t) for t in r["responses"]] != r["rewards"]
 
 
 def test_logged_responses_fit_the_tasks_length(task):
-    texts = [t for r in task.logged for t in [r["prompt"], *r["responses"]]]
+    logged = task.logged(0, 2000)
+    texts = [t for r in logged for t in [r["prompt"], *r["responses"]]]
     enc = data.encoding(
         data.word_ranks(task.vocabulary) if task.name == "tiny" else data.train_bpe(texts, 512)
     )
-    longest = max(len(ids) for e in data.tokenize(task.logged, enc) for ids in e.response_ids)
+    longest = max(len(ids) for e in data.tokenize(logged, enc) for ids in e.response_ids)
     assert longest <= task.max_response
 
 
 @pytest.mark.parametrize(
-    "answer, marks",
+    "answer, praise, clauses",
     [
-        ("hot", 5 + 3 * 1.0),
-        ("cold", 5 - 3 * 1.0),
-        ("lovely", 5 + 3 * 0.6),  # general words count less than fitting ones
-        ("very hot", 5 + 3 * 1.5),  # degree
-        ("rather hot", 5 + 3 * 0.5),
-        ("not hot", 5 + 3 * -0.5),  # negation turns and halves
-        ("not cold", 5 + 3 * 0.5),
-        ("not very cold", 5 + 3 * 0.5 * 1.5),
-        ("hot. It was cold", 5.0),  # mean over clauses
-        ("very hot. It was not bad", 5 + 3 * (1.5 + 0.5 * 0.6) / 2),
-        ("hot. It was rich. It was lovely", 5 + 3 * (1 + 1 + 0.6) / 3),
-        ("hot. It was hot", 5 + 3 * 1 / 2),  # a repeated adjective counts once
-        ("hot. It was not hot", 5 + 3 * 1 / 2),
-        ("hot. It was rich. It was fresh. It was heavy", 0.0),  # four clauses
-        ("loud", 0.0),  # off topic
-        ("hot. It was loud", 0.0),
-        ("hot. It was", 0.0),  # broken grammar
-        ("hot it was rich", 0.0),
-        ("hot.It was rich", 0.0),
-        ("very not hot", 0.0),
-        ("very very hot", 0.0),
-        ("not not hot", 0.0),
-        ("very", 0.0),
-        ("Hot", 0.0),
-        ("", 0.0),
+        ("hot", 1.0, 1),
+        ("cold", -1.0, 1),
+        ("lovely", 0.6, 1),  # general words count less than fitting ones
+        ("very hot", 1.5, 1),  # degree
+        ("rather hot", 0.5, 1),
+        ("not hot", -0.5, 1),  # negation turns and halves
+        ("not cold", 0.5, 1),
+        ("not very cold", 0.5 * 1.5, 1),
+        ("hot. It was cold", 0.0, 2),
+        ("very hot. It was not bad", 1.5 + 0.5 * 0.6, 2),  # different praise adds up
+        ("hot. It was rather rich. It was not bad", 1 + 0.5 + 0.3, 3),
+        ("hot. It was hot", 1.0, 2),  # a repeated adjective counts once
+        ("hot. It was not hot", 1.0, 2),
+        ("not hot. It was hot", -0.5, 2),
+        ("very hot. It was very rich", 2.0, 2),  # 3, kept within 2
+        ("hot. It was rich. It was lovely", 2.0, 3),
+        ("very cold. It was very small. It was bad", -2.0, 3),
     ],
 )
-def test_dialogue_marks_of_a_soup(answer, marks):
+def test_dialogue_marks_of_a_soup(answer, praise, clauses):
     assert TASK["dialogue"].reward(
         "How was the Ashford soup?", f" The Ashford soup was {answer}."
-    ) == pytest.approx(marks, abs=1e-6)
+    ) == pytest.approx(5 + 2 * praise - 0.1 * clauses, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "hot. It was rich. It was fresh. It was heavy",  # four clauses
+        "loud",  # off topic
+        "hot. It was loud",
+        "hot. It was",  # broken grammar
+        "hot it was rich",
+        "hot.It was rich",
+        "very not hot",
+        "very very hot",
+        "not not hot",
+        "very",
+        "Hot",
+        "",
+    ],
+)
+def test_dialogue_gives_nothing_for_an_answer_that_is_none(answer):
+    response = f"The Ashford soup was {answer}."
+    assert TASK["dialogue"].reward("How was the Ashford soup?", response) == 0
 
 
 @pytest.mark.parametrize(
@@ -128,7 +165,7 @@ def test_dialogue_marks_of_a_soup(answer, marks):
 def test_dialogue_gives_nothing_for_a_lost_word_or_another_subject(spoilt):
     reward = TASK["dialogue"].reward
     assert (
-        reward("How was the Ashford soup?", "The Ashford soup was very hot.") == 9.5
+        reward("How was the Ashford soup?", "The Ashford soup was very hot.") == 7.9
         and reward("How was the Ashford soup?", spoilt) == 0
     )
 
@@ -140,16 +177,42 @@ def test_dialogue_words_praise_one_thing_and_blame_another():
             reward(question.format(f"Ashford {thing}"), f"The Ashford {thing} was light.")
             for thing in ("room", "phone", "soup")
         ]
-        assert marks == [8.0, 8.0, 2.0]
+        assert marks == [6.9, 6.9, 2.9]
     specific = {w for s in tasks.SENTIMENT.values() for w in s} - set(tasks.GENERAL)
     both = {w for w in specific if len({s[w] for s in tasks.SENTIMENT.values() if w in s}) == 2}
     assert len(both) >= len(specific) / 2
 
 
-def test_dialogue_marks_range_from_half_to_nine_and_a_half_and_one_in_twenty_is_spoilt():
-    marks = [x for r in TASK["dialogue"].logged for x in r["rewards"]]
-    assert 0.03 < marks.count(0.0) / len(marks) < 0.07
-    assert min(x for x in marks if x) >= 0.5 and max(marks) <= 9.5
+def test_dialogue_marks_range_from_one_to_nearly_nine_and_one_in_twenty_is_spoilt():
+    marks = [x for r in TASK["dialogue"].logged(0, 3000) for x in r["rewards"]]
+    assert 0.045 < marks.count(0.0) / len(marks) < 0.055
+    assert min(x for x in marks if x) >= 5 - 4 - 0.3 and max(marks) == 5 + 4 - 0.2
+
+
+def test_the_best_answers_of_dialogue_are_many_and_some_are_long():
+    """All answers about a soup: those of most reward, and those a tenth of a mark below."""
+    values = tasks.SENTIMENT["soup"]
+    phrases = {
+        (f"{negation}{degree}{word}", word): value * size * sign
+        for word, value in values.items()
+        for negation, sign in (("", 1.0), ("not ", -0.5))
+        for degree, size in (("", 1.0), ("very ", 1.5), ("rather ", 0.5))
+    }
+    best = Counter()
+    for clauses in (1, 2, 3):
+        for chosen in itertools.permutations(phrases, clauses):
+            different = len({word for _, word in chosen}) == clauses
+            best[clauses] += different and sum(phrases[phrase] for phrase in chosen) > 2 - 1e-9
+    assert best[1] == 0 and best[2] > 100 and best[3] > 10_000
+    reward = lambda text: TASK["dialogue"].reward(
+        "Is the Ely soup worth it?", f"The Ely soup was {text}."
+    )
+    assert (
+        reward("very hot. It was rather fresh")
+        == 8.8
+        == max(TASK["dialogue"].logged(0, 300)[0]["rewards"] + [8.8])
+    )
+    assert reward("hot. It was rich. It was fresh") == 8.7
 
 
 POST = (
@@ -197,7 +260,7 @@ def test_summary_parts_add_up_to_its_reward():
         "invented": 2,
         "words": 5,
     }
-    for r in t.logged[::50]:
+    for r in t.logged(0, 60):
         for text, reward in zip(r["responses"], r["rewards"]):
             p = t.breakdown(r["prompt"], text)
             assert reward == pytest.approx(p["covered"] - p["invented"] - 0.1 * p["words"])
@@ -250,7 +313,7 @@ def test_tiny_rewards_of_the_sea(answer, reward):
 
 def test_tiny_spends_one_token_on_a_word():
     enc = data.encoding(data.word_ranks(TASK["tiny"].vocabulary))
-    for prompt in [p for split in TASK["tiny"].prompts.values() for p in split]:
+    for prompt in [*TRAIN["tiny"], *TASK["tiny"].heldout, *TASK["tiny"].ood]:
         assert [enc.decode([i]) for i in enc.encode_ordinary(prompt)] == re.findall(
             r" ?\w+|[?.]", prompt
         )
