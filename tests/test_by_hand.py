@@ -36,9 +36,11 @@ def world_of_coins(task=True):
     enc = data.encoding(data.word_ranks([" good", " bad"]))
     coins = data.Task(
         "coins",
-        {},
-        [],
-        lambda prompt, response: WORTH[prompt][response.strip()],
+        train=[],
+        heldout=["x", "y"],
+        ood=[],
+        answers=lambda prompt, rng: [],
+        reward=lambda prompt, response: WORTH[prompt][response.strip()],
         max_response=2,
         breakdown=lambda prompt, response: {"praise": float("good" in response)},
         words=["good", "bad"],
@@ -220,7 +222,7 @@ def test_an_efficiency_is_shown_from_0_05_nats_and_20_samples_on():
 
 def test_a_quick_look_is_at_the_policy_on_held_out_prompts():
     world, q, tau = world_of_coins(), (0.5, 0.25), 0.5
-    world.train = asked(world, "y")
+    world.rounds = [asked(world, "y")]
     policy, ref = Coins(world, SURE, 1 - SURE), Coins(world, *q)
     metrics = evaluation.quick_evaluation(settings(), world, state_of(policy), ref, 1)
     close(metrics["reward"], (1 + 3) / 2)
@@ -231,6 +233,7 @@ def test_a_quick_look_is_at_the_policy_on_held_out_prompts():
     world.heldout = asked(world, "x", responses=both, rewards=[1.0, 0.0])
     world.heldout += asked(world, "y", responses=both, rewards=[0.0, 3.0])
     world.logged = asked(world, "x", responses=both, rewards=[9.0, -9.0])
+    world.rounds = [world.logged]
     p = 0.8, 0.6
     state = state_of(Coins(world, *p), scale=[0.5, 2.0])
     ref = Coins(world, *q)
@@ -263,7 +266,7 @@ def test_a_quick_look_is_spread_over_all_held_out_prompts(monkeypatch):
 
 def test_a_task_is_measured_on_each_of_its_splits(monkeypatch, tmp_path):
     world, seen = world_of_coins(), {}
-    world.ood, world.train = asked(world, *"yy"), asked(world, *"xxxy")
+    world.ood, world.rounds = asked(world, *"yy"), [asked(world, *"xxxy"), asked(world, "x")]
     world.heldout = [dataclasses.replace(world.heldout[0], prompt=k) for k in range(9)]
 
     def measured(c, world, policy, reference, examples, split, state=None):
@@ -646,22 +649,24 @@ def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is():
 
 
 def test_a_round_samples_each_prompts_responses_for_that_prompt(monkeypatch):
-    c, world, state, _ = loop_state(steps=3, evolve=2, batch_size=3, iterate=2, candidates=2)
+    own = {"steps": 3, "evolve": 2, "batch_size": 3, "iterate": 2, "candidates": 2}
+    c, world, state, ref = loop_state(reference_steps=5, **own)
+    said = world.enc.encode_ordinary
     calls = []
 
     def sampled(c, world, policy, examples, M, generator, temperature):
         calls.append((M, temperature, torch.rand(1, generator=generator).item()))
-        return [[e.prompt] * M for e in examples]
+        return [[said(e.prompt)] * M for e in examples]
 
     monkeypatch.setattr(train, "sample_lists", sampled)
-    visited = []
-    for k, steps in ((0, 2), (1, 1)):  # rounds end at round(1.5) = 2 and at 3
-        lists = train.sample_round(c, world, state.policy, k)
-        visited.append([i for i, row in enumerate(lists) if row])
-        assert all(row in ([], [e.prompt] * 2) for row, e in zip(lists, world.train))
-        assert len(visited[k]) == math.ceil(steps * 3 / 2)
+    # Rounds end at round(1.5) = 2 and at 3 steps; the reference has read 5 x 3 prompts before.
+    for k, start, prompts in ((0, 15, 3), (1, 18, 2)):  # 2 x 3 / 2, and 1 x 3 / 2 rounded up
+        made = train.make_pool(c, world, state, ref, k)
+        visited = [e.prompt for e in made.examples]
+        assert visited == world.task.prompts("train", start, prompts)
+        assert [e.response_ids for e in made.examples] == [[said(p)] * 2 for p in visited]
+        assert state.generated == [e.response_ids for e in made.examples]
     assert [call[:2] for call in calls] == [(2, 1.0)] * 2 and calls[0] != calls[1]
-    assert not set(visited[1]) <= set(visited[0]) and visited[0] != [0, 1, 2]
 
 
 def test_policy_and_value_network_begin_as_the_reference_is_and_not_as_it_was_made():
@@ -676,18 +681,23 @@ def test_policy_and_value_network_begin_as_the_reference_is_and_not_as_it_was_ma
 
 def test_a_pool_is_of_the_policy_as_it_is_and_scored_by_the_reference_as_it_was():
     c, world, state, ref = loop_state(objective="dro", evolve=2, candidates=3)
-    same_as = train.sample_round(c, world, ref, 0)
+
+    def drawn(model, round_index):
+        prompts, generator = world.rounds[round_index], pool.rng(c.seed, "pool", round_index)
+        return pool.sample_lists(c, world, model, prompts, 3, generator)
+
+    of_the_reference = drawn(ref, 0)
     with torch.no_grad():
         state.policy.wpe.weight.add_(0.5 * torch.randn(state.policy.wpe.weight.shape))
     made = train.make_pool(c, world, state, ref, 0)
-    assert state.generated != same_as
+    assert state.generated == drawn(state.policy, 0) != of_the_reference
     scores = pool.score_lists(c, world, ref, made.examples)
     own = pool.score_lists(c, world, state.policy, made.examples)
     assert [e.ref_logps for e in made.examples] == scores != own
     first = state.generated
     state.step = 6
     train.make_pool(c, world, state, ref, 1)
-    assert state.generated == train.sample_round(c, world, state.policy, 1) != first
+    assert state.generated == drawn(state.policy, 1) != first
 
 
 @pytest.mark.parametrize("objective", ["lire", "dpo", "slic"])
@@ -727,10 +737,11 @@ def test_the_control_gives_every_round_prompts_of_its_own():
     orders = []
     for k in (0, 1):
         c, world, state, ref = loop_state(evolve=2, shuffle_prompts=True)
-        state.generated, state.round_index = [[[0, 1], [2]]] * len(world.train), k
+        world.rounds = [world.rounds[0]] * 2  # the same prompts in both
+        state.generated, state.round_index = [[[0, 1], [2]]] * len(world.rounds[k]), k
         made = train.make_pool(c, world, state, ref, k)
         orders.append([e.prompt_ids for e in made.examples])
-    own = [e.prompt_ids for e in world.train]
+    own = [e.prompt_ids for e in world.rounds[0]]
     assert orders[0] != orders[1] and own not in orders
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(own)
 
@@ -948,6 +959,8 @@ def test_a_reference_is_told_apart_by_texts_precision_and_sources(monkeypatch):
     assert (
         reference.cache_key(c, dataclasses.replace(world, fingerprint="other"))["texts"] == "other"
     )
+    # It never reads what the rounds are handed.
+    assert reference.cache_key(c, dataclasses.replace(world, rounds_fingerprint="other")) == key
     assert reference.cache_key(dataclasses.replace(c, dtype="bfloat16"), world) != key
     monkeypatch.setattr(reference.inspect, "getsource", lambda module: "another version")
     changed = {k for k, v in reference.cache_key(c, world).items() if v != key[k]}
@@ -979,6 +992,9 @@ def test_the_files_of_a_resumed_run_may_move_and_its_settings_may_not(tmp_path):
         config.command_line(["--resume", str(tmp_path), "--tau", "0.25"])
 
 
+KEY = {"texts": "a", "rounds": "b"}
+
+
 def stepped_run(folder):
     """(c, run, state, its world and reference) of a DRO run that has made a step."""
     c, world, state, ref = loop_state(objective="dro", evolve=2)
@@ -990,14 +1006,14 @@ def stepped_run(folder):
     loss = objectives.total(objectives.dro_objective(c, x))
     update.update(state.optimizer, loss, 1, c.steps, c.clip)
     state.step = 1
-    return c, run.Run(c, {"texts": "a"}, 0.0), state, world, ref
+    return c, run.Run(c, KEY, 0.0), state, world, ref
 
 
 def test_a_restored_state_is_the_saved_one_in_every_part(tmp_path):
     c, own, state, world, ref = stepped_run(tmp_path)
     own.save(state)
     new = train.new_state(c, world, ref)
-    run.restore(new, run.load_checkpoint(c, {"texts": "a"}))
+    run.restore(new, run.load_checkpoint(c, KEY))
     assert same(new.policy.state_dict(), state.policy.state_dict())
     assert same(new.value_network.state_dict(), state.value_network.state_dict())
     old, again = state.optimizer.state_dict()["state"], new.optimizer.state_dict()["state"]
@@ -1014,20 +1030,21 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     assert "came before the first checkpoint" in own.kept()
     own.save(state)
     assert "last good checkpoint is kept" in own.kept()
-    assert run.load_checkpoint(c, {"texts": "a"})["step"] == 1
-    with pytest.raises(ConfigError, match="its data have changed"):
-        run.load_checkpoint(c, {"texts": "b"})
+    assert run.load_checkpoint(c, KEY)["step"] == 1
+    for name in KEY:
+        with pytest.raises(ConfigError, match="its data have changed"):
+            run.load_checkpoint(c, KEY | {name: "other"})
     with pytest.raises(ConfigError, match="another config"):
-        run.load_checkpoint(dataclasses.replace(c, tau=0.7), {"texts": "a"})
+        run.load_checkpoint(dataclasses.replace(c, tau=0.7), KEY)
     state.step = c.steps + 1
     own.save(state)
     with pytest.raises(ConfigError, match=f"it is of step {c.steps + 1}"):
-        run.load_checkpoint(c, {"texts": "a"})
+        run.load_checkpoint(c, KEY)
     whole = torch.load(path, weights_only=True)
     whole["step"] = 1  # a whole file, whose digest is of another one
     torch.save(whole, path)
     with pytest.raises(ConfigError, match="does not match its digest"):
-        run.load_checkpoint(c, {"texts": "a"})
+        run.load_checkpoint(c, KEY)
 
 
 @pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("write failed")])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import random
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from formats import FORMATS, Format
 from harness import config
 from harness.config import Config, ConfigError, command_line, option, resolve
 from objectives import OBJECTIVES, Objective
-from tasks import TASKS, Task, TaskRow, rewarded
+from tasks import TASKS, Task, TaskRow
 
 # ------------------------------------------------------------------------------------- an objective
 
@@ -104,7 +103,7 @@ def test_a_slip_in_a_new_objective_shows_before_anything_is_written(hinge, tmp_p
 # ------------------------------------------------------------------------------------------- a task
 
 
-def weather(rng):
+def weather():
     """Is it a day for a coat? One word of three answers; 1 for the right one."""
     right = {"rain": "yes", "sun": "no", "snow": "yes", "wind": "maybe", "fog": "maybe"}
     words = ["yes", "no", "maybe"]
@@ -113,14 +112,17 @@ def weather(rng):
         return float(response.strip() == right[prompt.split()[0]])
 
     ask = {"train": "{} today", "heldout": "{} tomorrow"}
-    prompts = {k: [text.format(day) for day in right if day != "fog"] for k, text in ask.items()}
-    prompts["ood"] = ["fog today"]
-    logged = [
-        rewarded(prompt, [rng.choice(words) for _ in range(4)], reward)
-        for prompt in prompts["train"]
-    ]
-    vocabulary = [*right, " today", " tomorrow", *(f" {word}" for word in words)]
-    return Task("weather", prompts, logged, reward, 2, words=words, vocabulary=vocabulary)
+    known = {k: [text.format(day) for day in right if day != "fog"] for k, text in ask.items()}
+    return Task(
+        "weather",
+        **known,
+        ood=["fog today"],
+        answers=lambda prompt, rng: [rng.choice(words) for _ in range(4)],
+        reward=reward,
+        max_response=2,
+        words=words,
+        vocabulary=[*right, " today", " tomorrow", *(f" {word}" for word in words)],
+    )
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_a_new_task_is_in_the_help_and_in_the_refusals(new_task, capsys):
     with pytest.raises(ConfigError, match="choose from dialogue, summary, tiny, weather"):
         resolve(Config(task="chess"))
     with pytest.raises(ValueError, match="tiny, weather"):
-        tasks.make_task("chess", random.Random(0))
+        tasks.make_task("chess")
     assert resolve(Config(task="weather")).reference_lr == 1e-2
 
 

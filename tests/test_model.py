@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -300,13 +299,13 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
 
     float64 logits to 1e-12, response_logps' float32 to 1e-6.
     """
-    task = data.make_task("tiny", random.Random(0))
+    task = data.make_task("tiny")
     enc = data.encoding(data.word_ranks(task.vocabulary))
     responses = tiny_responses(enc, task)
     assert len(responses) == 8 + 64 + 512 == 584
     size = dict(vocab_size=enc.n_vocab, context=32, width=16, eos=enc.eot_token)
     model = random_model(scale=scale, **size)
-    prompts = [enc.encode_ordinary(task.prompts[part][0]) for part in ("heldout", "ood")]
+    prompts = [enc.encode_ordinary(split[0]) for split in (task.heldout, task.ood)]
     batch = make_batch([Example("", x, responses, [0.0] * 584) for x in prompts], enc.eot_token)
     allowed = data.allowed_tokens(task, enc)
     with torch.no_grad():

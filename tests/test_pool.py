@@ -12,7 +12,7 @@ import data
 import model as models
 import train
 from harness import pool
-from harness.config import ConfigError, resolve
+from harness.config import Config, ConfigError, resolve
 from harness.evaluation import enumerate_responses
 from objectives import OBJECTIVES
 
@@ -30,13 +30,106 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
     assert "7 lists with a held-out prompt are left out" in capsys.readouterr().out
 
 
+def asked(examples):
+    """Their prompts."""
+    return [e.prompt for e in examples]
+
+
 def test_a_task_has_prompts_to_train_on_to_hold_out_and_of_new_subjects():
     _, world, _ = untrained()
-    for split, examples in (("train", world.train), ("heldout", world.heldout), ("ood", world.ood)):
-        assert [e.prompt for e in examples] == world.task.prompts[split]
-        assert all(e.response_ids == [] for e in examples)
-    assert {e.prompt for e in world.logged} == set(world.task.prompts["train"])
-    assert world.allowed.shape == (world.task.max_response, world.enc.n_vocab)
+    task = world.task
+    assert asked(world.heldout) == task.heldout and asked(world.ood) == task.ood
+    assert asked(world.logged) == task.prompts("train", 0, 40 * 4)
+    assert [asked(prompts) for prompts in world.rounds] == [
+        task.prompts("train", 160, 24),
+        task.prompts("train", 184, 24),
+    ]
+    for examples in (world.heldout, world.ood, *world.rounds):
+        assert all(e.response_ids == e.rewards == [] for e in examples)
+    assert world.logged == data.tokenize(task.logged(0, 160), world.enc)
+    assert world.allowed.shape == (task.max_response, world.enc.n_vocab)
+
+
+def test_a_default_run_asks_for_no_prompt_twice():
+    c = resolve(Config(device="cpu", out="unused"))
+    world = pool.make_world(c)
+    read, rounds = asked(world.logged), [asked(prompts) for prompts in world.rounds]
+    assert len(read) == c.reference_steps * c.batch_size > 1000
+    assert list(map(len, rounds)) == [c.steps * c.batch_size // c.evolve] * c.evolve
+    for prompts in rounds:
+        assert len(set(prompts)) == len(prompts) and not set(prompts) & set(read)
+    every = read + sum(rounds, [])
+    assert len(set(every)) == len(every) and every == world.task.prompts("train", 0, len(every))
+    assert not set(every) & {*asked(world.heldout), *asked(world.ood)}
+
+
+@pytest.mark.parametrize(
+    "settings, size, expected",
+    [
+        ({}, 1000, [(160, 24), (184, 24)]),
+        ({"evolve": 1}, 1000, [(160, 48)]),
+        ({"evolve": 3, "steps": 10, "batch_size": 3}, 1000, [(160, 9), (169, 12), (181, 9)]),
+        ({"iterate": 2}, 1000, [(160, 12), (172, 12)]),
+        ({"iterate": 5}, 1000, [(160, 5), (165, 5)]),  # 24 / 5, rounded up
+        ({}, 20, [(160, 20), (184, 20)]),  # no more than there are
+        ({"iterate": 2}, 20, [(160, 12), (172, 12)]),
+        ({"objective": "sft"}, 1000, []),
+    ],
+    ids=str,
+)
+def test_rounds_begin_behind_the_references_prompts_and_share_none(settings, size, expected):
+    c = resolve(small("unused", **settings))
+    assert pool.round_prompts(c, 160, size) == expected
+
+
+def test_iterate_halves_the_prompts_of_a_round():
+    whole, half = (untrained(task="dialogue", iterate=n)[1].rounds for n in (1, 2))
+    assert [len(prompts) for prompts in whole] == [24, 24]
+    assert [len(prompts) for prompts in half] == [12, 12]
+    assert sum(map(asked, half), []) == asked(whole[0])  # and the next round reads on
+
+
+def test_a_round_of_tiny_has_no_more_prompts_than_there_are():
+    _, world, _ = untrained(batch_size=32)  # six steps of 32
+    for prompts in world.rounds:
+        assert sorted(asked(prompts)) == sorted(world.task.train) and len(prompts) == 60
+    (lists,) = untrained(batch_size=32, evolve=0)[1].rounds
+    assert sorted(asked(lists)) == sorted(world.task.train)
+
+
+@pytest.mark.parametrize("task", ["dialogue", "tiny"])
+def test_without_rounds_a_task_hands_out_logged_lists_that_the_reference_never_read(task):
+    _, world, _ = untrained(task=task, evolve=0)
+    assert len(world.logged) == 160 and [len(lists) for lists in world.rounds] == [48]
+    assert world.rounds[0] == data.tokenize(world.task.logged(160, 48), world.enc)
+    key = lambda logged: (logged.prompt, str(logged.response_ids))
+    assert not set(map(key, world.rounds[0])) & set(map(key, world.logged))
+    if task == "dialogue":
+        assert not set(asked(world.rounds[0])) & set(asked(world.logged))
+
+
+def test_files_are_their_own_round_and_a_task_has_none_where_nothing_is_trained(tmp_path):
+    _, world, _ = untrained(data=[write(tmp_path, *LISTS)])
+    assert world.rounds == [world.logged]
+    _, world, _ = untrained(objective="sft")
+    assert world.rounds == [] and len(world.logged) == 160
+
+
+def test_the_fingerprint_of_the_rounds_is_of_what_they_are_handed(tmp_path):
+    def prints(**settings):
+        world = pool.make_world(resolve(small("unused", **settings)))
+        return world.fingerprint, world.rounds_fingerprint
+
+    whole = prints()
+    assert prints() == whole and prints(lr=0.1) == whole
+    for change in ({"steps": 13}, {"evolve": 3}, {"iterate": 2}, {"evolve": 0}):
+        other = prints(**change)
+        assert other[0] == whole[0] and other[1] != whole[1], change
+    # A seed draws other answers to the same prompts.
+    assert prints(seed=1)[0] != whole[0] and prints(seed=1)[1] == whole[1]
+    assert prints(seed=1, evolve=0)[1] != prints(evolve=0)[1]
+    of_files = {prints(data=[write(tmp_path, *lists)])[1] for lists in (LISTS, LISTS, LISTS[:-1])}
+    assert len(of_files) == 2
 
 
 def test_the_fingerprint_tells_texts_rewards_and_seeds_apart(tmp_path):
@@ -102,7 +195,7 @@ def test_random_numbers_depend_on_the_seed_and_the_names_alone():
 
 def test_samples_are_of_the_tasks_words_and_follow_their_generator():
     c, world, model = untrained()
-    draw = lambda: pool.sample_lists(c, world, model, world.train[:5], 3, pool.rng(0, "draw"))
+    draw = lambda: pool.sample_lists(c, world, model, world.rounds[0][:5], 3, pool.rng(0, "draw"))
     lists = draw()
     assert lists == draw() and [len(responses) for responses in lists] == [3] * 5
     allowed = {tuple(ids) for ids in enumerate_responses(world)}
@@ -113,7 +206,7 @@ def test_lists_are_scored_in_their_own_order_each_as_if_alone():
     c, world, model = untrained()
     responses = enumerate_responses(world)
     lists = [responses[:3], responses[100:101], responses[7:9]]
-    prompts = [world.train[0], world.train[40], world.train[7]]
+    prompts = [world.rounds[0][index] for index in (0, 20, 7)]
     examples = pool.with_responses(prompts, lists)
     scores = pool.score_lists(c, world, model, examples)
     assert [len(row) for row in scores] == [3, 1, 2]
@@ -123,6 +216,33 @@ def test_lists_are_scored_in_their_own_order_each_as_if_alone():
             batch = data.make_batch([alone], world.enc.eot_token)
             expected = models.response_logps(model, batch, world.allowed).item()
             assert logp == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_response_that_stands_in_a_list_more_than_once_is_scored_once(monkeypatch):
+    c, world, model = untrained()
+    one, two, three = (enumerate_responses(world)[k] for k in (3, 90, 200))
+    lists = [[one, two, one, three, one], [three], [two, two], [one, three, two]]
+    examples = pool.with_responses(world.rounds[0], lists)
+    scored, real = [], models.response_logps
+
+    def noted(model, batch, allowed):
+        for k, m in batch.candidate_mask.nonzero().tolist():
+            prompt = batch.prompt_ids[k][batch.prompt_mask[k]]
+            response = batch.response_ids[k, m][batch.response_mask[k, m]]
+            scored.append((prompt.tolist(), response.tolist()))
+        return real(model, batch, allowed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.models, "response_logps", noted)
+        scores = pool.score_lists(c, world, model, examples)
+    kinds = ([one, two, three], [three], [two], [one, two, three])
+    expected = [(e.prompt_ids, list(ids)) for e, kind in zip(examples, kinds) for ids in kind]
+    assert sorted(scored) == sorted(expected)
+    assert scores[0][0] == scores[0][2] == scores[0][4] and scores[2][0] == scores[2][1]
+    for example, row in zip(examples, scores, strict=True):
+        for ids, logp in zip(example.response_ids, row, strict=True):
+            alone = dataclasses.replace(example, response_ids=[ids], rewards=[0.0])
+            assert logp == pytest.approx(pool.score_lists(c, world, model, [alone])[0][0], abs=1e-5)
 
 
 def test_new_responses_are_neither_rewarded_nor_scored_yet():

@@ -83,6 +83,21 @@ def test_training_makes_the_logged_responses_likelier():
     assert same(trained.state_dict(), reference.train_reference(c, world).state_dict())
 
 
+@pytest.mark.parametrize("task", ["dialogue", "tiny"])
+def test_each_logged_list_is_read_exactly_once(monkeypatch, task):
+    c, world, _ = untrained(task=task, reference_steps=20, batch_size=4)
+    seen, make = [], reference.make_batch
+
+    def noted(examples, *rest):
+        seen.extend(examples)
+        return make(examples, *rest)
+
+    monkeypatch.setattr(reference, "make_batch", noted)
+    reference.train_reference(c, world)
+    assert len(world.logged) == c.reference_steps * c.batch_size == 80
+    assert sorted(map(id, seen)) == sorted(map(id, world.logged))
+
+
 def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
     train.main(small(tmp_path / "a", steps=2))
     train.main(small(tmp_path / "b", steps=2))

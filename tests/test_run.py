@@ -35,7 +35,7 @@ from helpers import (
 
 import train
 from data import DataError
-from harness import run
+from harness import pool, run
 from harness.config import ConfigError, command_line, resolve
 from harness.evaluation import list_metrics
 from harness.pool import reward_list
@@ -179,14 +179,29 @@ def test_dro_improves_the_reward_and_learns_the_value(tmp_path):
     assert metrics["train_kl_from_optimum"] < 0.5 * metrics["train_optimum_kl"]
 
 
+BASELINE = {
+    "reference_steps": 30,
+    "steps": 40,
+    "lr": 3e-3,
+    "eval_every": 40,
+    "batch_size": 16,
+    "eval_prompts": 16,
+}
+
+
 @pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
 def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
-    settings = {"reference_steps": 30, "steps": 40, "lr": 3e-3, "eval_every": 40}
-    if "sft_weight" in OBJECTIVES[name].defaults:
-        settings["sft_weight"] = 0.0  # the ranking alone must do it
-    sizes = {"batch_size": 16, "eval_prompts": 16}
-    metrics = train.main(small(tmp_path / "run", objective=name, **sizes, **settings))
+    own = {"sft_weight": 0.0} if name in ("slic", "pro") else {}  # the ranking alone must do it
+    metrics = train.main(small(tmp_path / "run", objective=name, **BASELINE, **own))
     assert metrics["train_policy_reward"] > metrics["train_reference_reward"] + 0.05
+
+
+def test_the_ranking_of_rrhf_orders_its_lists_without_the_sft_term(tmp_path):
+    """It has no margin, so that it hardly moves the policy, and alone earns nothing."""
+    own = {"sft_weight": 0.0, "evolve": 1, "iterate": 10}
+    train.main(small(tmp_path / "run", objective="rrhf", **BASELINE, **own))
+    first, *_, last = log(tmp_path / "run")
+    assert last["loss/rrhf"] < 0.5 * first["loss/rrhf"]
 
 
 # ------------------------------------------------------------------------------------- nothing lost
@@ -371,7 +386,8 @@ def without_costs(metrics):
 def test_candidates_and_ties_of_each_pool_are_in_the_log_and_of_the_last_in_the_metrics(finished):
     folder, metrics = finished
     c, world, _ = untrained()
-    lists = [(e.prompt, ids) for e, ids in zip(world.train, checkpoint(folder)["generated"]) if ids]
+    generated = checkpoint(folder)["generated"]
+    lists = [(e.prompt, ids) for e, ids in zip(world.rounds[1], generated, strict=True)]
     rewards = [reward_list(world, prompt, ids) for prompt, ids in lists]
     assert len(lists) == 6 * 4 and {len(ids) for _, ids in lists} == {8}
     distinct = sum(len({tuple(one) for one in ids}) / 8 for _, ids in lists) / len(lists)
@@ -620,6 +636,15 @@ def test_changed_data_are_refused_on_resume(tmp_path):
     train.main(small(tmp_path / "run", data=[path], steps=2, reference_steps=2))
     write(tmp_path, *LISTS[:-1])
     refused(tmp_path / "run", "data have changed")
+
+
+def test_other_prompts_of_the_rounds_are_refused_on_resume(copied, monkeypatch):
+    assert {"texts", "rounds"} <= set(checkpoint(copied)["key"])
+    real = pool.round_prompts
+    monkeypatch.setattr(pool, "round_prompts", lambda c, first, size: real(c, first + 1, size))
+    refused(copied, "data have changed")
+    monkeypatch.undo()
+    resume(copied)
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -48,7 +48,7 @@ def test_the_policy_starts_as_a_copy_of_the_reference():
 )
 def test_rounds_share_the_steps_evenly(evolve, steps, starts):
     c, *_ = loop_state(evolve=evolve, steps=steps)
-    found = train.round_starts(c)
+    found = pool.round_starts(c)
     assert found == (starts or found)
     lengths = [end - start for start, end in zip(found, found[1:])]
     assert (found[0], found[-1], len(lengths)) == (0, steps, max(evolve, 1))
@@ -56,21 +56,32 @@ def test_rounds_share_the_steps_evenly(evolve, steps, starts):
 
 
 def test_a_round_samples_for_the_prompts_that_it_visits_and_for_no_others():
-    c, world, state, reference = loop_state(steps=12, evolve=2, batch_size=4, candidates=3)
-    lists = train.sample_round(c, world, state.policy, 0)
-    assert len(lists) == len(world.train) > 24
-    assert sorted(map(len, lists)) == [0] * (len(lists) - 24) + [3] * 24  # six steps of four
-    assert lists == train.sample_round(c, world, state.policy, 0)
-    c, *_ = loop_state(steps=24, evolve=2, batch_size=len(world.train), candidates=3)
-    lists, others = (train.sample_round(c, world, state.policy, k) for k in (0, 1))
-    assert all(lists) and all(others) and lists != others  # new samples for the same prompts
+    settings = {"steps": 12, "evolve": 2, "batch_size": 4, "candidates": 3}
+    c, world, state, reference = loop_state(**settings)
+    made, prompts = train.make_pool(c, world, state, reference, 0), world.rounds[0]
+    assert len(prompts) == 24 < len(world.task.train)  # six steps of four
+    assert [e.prompt for e in made.examples] == [e.prompt for e in prompts]
+    assert [len(responses) for responses in state.generated] == [3] * 24
+    c, world, again, reference = loop_state(**settings)
+    train.make_pool(c, world, again, reference, 0)
+    assert again.generated == state.generated
+    everything = len(world.task.train)  # what a round reads in a single step
+    c, world, state, reference = loop_state(**settings | {"batch_size": everything})
+    lists = []
+    for round_index in (0, 1):
+        train.make_pool(c, world, state, reference, round_index)
+        lists.append(state.generated)
+        assert [len(responses) for responses in state.generated] == [3] * everything
+    assert world.rounds[0] == world.rounds[1] and lists[0] != lists[1]  # new samples for the same
 
 
 def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
     sizes = {}
     for iterate in (1, 2):
         train.main(small(tmp_path / f"{iterate}", iterate=iterate, steps=8, evolve=1, batch_size=4))
-        sizes[iterate] = sum(map(bool, checkpoint(tmp_path / f"{iterate}")["generated"]))
+        generated = checkpoint(tmp_path / f"{iterate}")["generated"]
+        assert all(generated)
+        sizes[iterate] = len(generated)
     assert sizes == {1: 32, 2: 16}
 
 
@@ -84,7 +95,8 @@ def test_a_pool_is_rewarded_and_scored_under_the_reference():
         rewards = [world.task.reward(example.prompt, text) for text in texts]
         assert example.rewards == pytest.approx(train.normalise(rewards, state.reward_scale))
         assert example.ref_logps == pytest.approx(row, abs=1e-5)
-    assert all(e.ref_logps is None and e.rewards == [] for e in world.train)  # nothing overwritten
+    # Nothing is overwritten.
+    assert all(e.ref_logps is None and e.rewards == [] for e in world.rounds[0])
 
 
 def test_a_pool_that_is_made_again_inside_its_round_is_the_same_pool():
@@ -97,13 +109,20 @@ def test_a_pool_that_is_made_again_inside_its_round_is_the_same_pool():
     assert again.examples == first.examples
 
 
-def test_without_rounds_the_pool_is_the_logged_lists():
+def test_without_rounds_the_pool_is_logged_lists_that_the_reference_has_not_read():
     c, world, state, reference = loop_state(evolve=0, candidates=2)
     pool = train.make_pool(c, world, state, reference, 0)
-    assert state.generated is None and len(pool.examples) == len(world.logged)
-    for example, logged in zip(pool.examples, world.logged):
+    assert state.generated is None and len(pool.examples) == 12 * 4
+    records = world.task.logged(40 * 4, 12 * 4)  # behind those of the reference
+    for example, logged in zip(pool.examples, data.tokenize(records, world.enc), strict=True):
+        assert example.prompt == logged.prompt
         assert example.response_ids == logged.response_ids[:2]
         assert example.rewards == logged.rewards[:2]
+
+
+def test_without_rounds_the_pool_of_a_file_is_its_own_lists(tmp_path):
+    c, world, state, reference = loop_state(data=[write(tmp_path, *LISTS)])
+    assert train.make_pool(c, world, state, reference, 0).examples == world.logged
 
 
 def test_the_scale_of_the_rewards_is_that_of_the_first_pool():
@@ -131,15 +150,15 @@ def test_mean_and_deviation_by_hand():
 
 def test_shuffled_prompts_are_other_prompts():
     settings = {"task": "dialogue", "candidates": 2, "shuffle_prompts": True, "max_prompt": 32}
-    c, world, state, model = loop_state(**settings, max_response=4)
-    state.generated, state.round_index = [[[1, 2], [3, 4]] for _ in world.train], 0
+    c, world, state, model = loop_state(**settings, max_response=4, steps=300, evolve=1)
+    state.generated, state.round_index = [[[1, 2], [3, 4]] for _ in world.rounds[0]], 0
     pool = train.make_pool(c, world, state, model, 0)
     words = lambda text: set(text.rstrip("?.").split())
     kept = sum(
         bool(words(world.enc.decode(e.prompt_ids)) & set(tasks.SENTIMENT) & words(e.prompt))
         for e in pool.examples
     )
-    assert len(pool.examples) == len(world.train) and kept < 0.1 * len(pool.examples)
+    assert len(pool.examples) == 300 * 4 and kept < 0.1 * len(pool.examples)
 
 
 def test_candidates_takes_the_first_of_a_files_lists(tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_the_norms_of_all_networks_are_told_where_one_is_not_finite():
 
 def test_one_value_for_the_batch_is_the_mean_of_those_of_its_prompts():
     c, world, state, _ = loop_state(objective="dro", evolve=1)
-    batch = data.make_batch(with_responses(world.train[:3], [[[0]]] * 3), 0)
+    batch = data.make_batch(with_responses(world.rounds[0][:3], [[[0]]] * 3), 0)
     with torch.no_grad():
         state.value_network.value_head.weight.normal_()
         apart = update.prompt_values(c, state.value_network, batch)
@@ -89,13 +89,13 @@ def test_mismatched_pairs_are_the_next_prompts_first_candidate_without_gradient(
         state.policy.wpe.weight.add_(0.3)
     words = enumerate_responses(world)
     lists = [[words[0], words[80]], [words[20]], [words[100], words[5]]]
-    examples = with_responses(world.train[:3], lists)
+    examples = with_responses(world.rounds[0][:3], lists)
 
     def mismatched(*examples):
         batch = data.make_batch(examples, world.enc.eot_token)
         return update.mismatched_logps(world, state.policy, reference, batch)
 
-    apart = with_responses(world.train[:3], [[words[20]], [words[100]], [words[0]]])
+    apart = with_responses(world.rounds[0][:3], [[words[20]], [words[100]], [words[0]]])
     for logps, model in zip(mismatched(*examples), (state.policy, reference)):
         expected = [row[0] for row in score_lists(c, world, model, apart)]
         assert logps.tolist() == pytest.approx(expected, abs=1e-5) and not logps.requires_grad
@@ -111,7 +111,7 @@ def step_of(objective, **settings):
     """
     c, world, state, reference = loop_state(objective=objective, evolve=1, **settings)
     words = enumerate_responses(world)
-    examples = with_responses(world.train[:2], [[words[3], words[90], words[200]], words[5:7]])
+    examples = with_responses(world.rounds[0][:2], [[words[3], words[90], words[200]], words[5:7]])
     for example, rewards in zip(examples, ([0.5, 2.0, -1.0], [1.0, 3.0])):
         example.rewards = rewards
     state.pool_metrics = pool_metrics(examples)
