@@ -1,4 +1,4 @@
-"""A small GPT, a T5-like encoder-decoder, and a value network.
+"""A small GPT and a value network; scoring and sampling, for the T5 of t5.py too.
 
 Both models read a prompt once, and score or sample M responses of it:
 
@@ -14,7 +14,6 @@ of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads. Pro
 are padded on the right; what stands in the padding changes nothing.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# ---------------------------------------------------------------------------------------------- GPT
 
 
 @dataclass
@@ -52,15 +49,29 @@ class Attention(nn.Module):
         x: Tensor,
         past: "PromptCache | SamplingCache | None" = None,
         mask: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Output [N, T, D] of x [N, T, D], and the keys and values; past: a cache, or None."""
-        N, T, D = x.shape
-        qkv = self.c_attn(x).view(N, T, 3, self.heads, D // self.heads)
+        """Output, like x, and the keys and values [N, H, T, D/H].
+
+        Args: x [N, T, D]; past: a cache, or None; mask: who may see whom, None: causal; real: x is
+            [n, D], the tokens at these places of [N T] alone, or None.
+        """
+        qkv, D = self.c_attn(x), x.shape[-1]
+        if real is not None:  # padding takes part in attention alone
+            qkv = padded(qkv, real, mask.shape[0], mask.shape[2])
+        N, T, _ = qkv.shape
+        qkv = qkv.view(N, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N, H, T, D/H] each
         if past is not None:
             k, v = past.extend(k, v)  # [N, H, S + T, D/H]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(N, T, D)), (k, v)
+        y = y.transpose(1, 2).reshape(N, T, D)
+        return self.c_proj(y if real is None else y.flatten(0, 1)[real]), (k, v)
+
+
+def padded(x: Tensor, real: Tensor, N: int, T: int) -> Tensor:
+    """[N, T, D] with x [n, D] at the places `real` [n] in [N T], and 0 elsewhere."""
+    return x.new_zeros(N * T, x.shape[-1]).index_copy(0, real, x).unflatten(0, (N, T))
 
 
 class Block(nn.Module):
@@ -74,14 +85,9 @@ class Block(nn.Module):
         D = config.width
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
 
-    def forward(
-        self,
-        x: Tensor,
-        past: "PromptCache | SamplingCache | None" = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, *where: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """As `Attention.forward`."""
-        y, keys_values = self.attn(self.ln_1(x), past, mask)
+        y, keys_values = self.attn(self.ln_1(x), *where)
         x = x + y
         y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + self.mlp["c_proj"](y), keys_values
@@ -167,12 +173,19 @@ class GPT(nn.Module):
         """States [B, S, D] of the prompt's own tokens; the reader masks those of padding."""
         return self.ln_f(self.read_prompt(prompt_ids)[0])
 
-    def hidden(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
+    def hidden(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        response_ids: Tensor,
+        response_mask: Tensor | None = None,
+    ) -> Tensor:
         """States that predict each response token.
 
         The prompt is read once; each response attends to [prompt, itself].
 
-        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R].
+        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R];
+            response_mask [B, M, R]: spares the work on padding, whose states then mean nothing.
         Returns: [B, M, R, D]; [..., 0, :] is the last prompt token's state, the same for all M.
         Raises: ValueError where S + R exceeds the context.
         """
@@ -195,9 +208,13 @@ class GPT(nn.Module):
         place = torch.arange(T, device=x.device)
         positions = length[:, None] + place  # [B, T], padding not counted
         y = self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]  # [B, M, T, D]
-        y = y.flatten(0, 1)  # [B * M, T, D]
+        y, real = y.flatten(0, 1), None  # [B * M, T, D]
+        if response_mask is not None:
+            real = response_mask[..., 1:].flatten().nonzero()[:, 0]  # [n]: a token follows
+            y = y.flatten(0, 1)[real]  # [n, D]
         for block, (k, v) in zip(self.h, cache):
-            y, _ = block(y, PromptCache(k, v, M), mask)
+            y, _ = block(y, PromptCache(k, v, M), mask, real)
+        y = y if real is None else padded(y, real, B * M, T)
         return self.ln_f(torch.cat([first, y.unflatten(0, (B, M)).to(first.dtype)], 2))
 
     def head(self, states: Tensor) -> Tensor:
@@ -247,222 +264,6 @@ class GPT(nn.Module):
         return self.head(self.ln_f(first)).repeat_interleave(M, 0), step
 
 
-# ----------------------------------------------------------------------------------------------- T5
-
-BUCKETS, MAX_DISTANCE = 32, 128  # of T5's relative positions
-
-
-@dataclass
-class T5Config:
-    """Size of a T5; v1.1 and FLAN large are (32128, 24, 16, 1024, 64, 2816, eos=1, start=0)."""
-
-    vocab_size: int = 512
-    layers: int = 2  # of the encoder, and as many of the decoder
-    heads: int = 4
-    width: int = 128
-    head_width: int = 32
-    mlp_width: int = 256
-    eos: int = 511  # the token that ends a response
-    # What the decoder reads first: T5's padding id, or one id more than the vocabulary.
-    start: int = 512
-
-
-def position_bucket(relative: Tensor, bidirectional: bool) -> Tensor:
-    """Bucket 0 .. 31 of a relative position, key minus query (T5; Raffel et al. 2020).
-
-    As in T5X and transformers: near positions have a bucket each, far ones share buckets that grow
-    with log distance, up to MAX_DISTANCE. An encoder gives half of the buckets to keys after the
-    query; to a causal decoder they are all one.
-
-    >>> position_bucket(torch.tensor([-200, -16, -1, 0, 1, 64]), bidirectional=True)
-    tensor([15, 10,  1,  0, 17, 30])
-    """
-    buckets = BUCKETS // 2 if bidirectional else BUCKETS
-    distance = relative.abs() if bidirectional else (-relative).clamp_min(0)
-    near = buckets // 2
-    ratio = (distance.clamp_min(1).float() / near).log() / math.log(MAX_DISTANCE / near)
-    far = ratio * (buckets - near)
-    bucket = torch.where(distance < near, distance, (near + far.long()).clamp_max(buckets - 1))
-    return bucket + buckets * (relative > 0) if bidirectional else bucket
-
-
-class T5Attention(nn.Module):
-    """Multi-head attention without biases; the query's initialisation carries 1 / sqrt(d)."""
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.heads, inner = config.heads, config.heads * config.head_width
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.width, inner, bias=False)
-        self.v = nn.Linear(config.width, inner, bias=False)
-        self.o = nn.Linear(inner, config.width, bias=False)
-
-    def split(self, x: Tensor) -> Tensor:
-        """[N, T, H d] -> [N, H, T, d]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, H, T, d] of states [N, T, D]."""
-        return self.split(self.k(states)), self.split(self.v(states))
-
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x [N, T, D]; mask: bool, or a number that is added to every score [N, H, T, keys]."""
-        q, (k, v) = self.split(self.q(x)), keys_values
-        if mask.dtype == torch.bool:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-        else:
-            # Fused attention takes another kernel where the bias needs a gradient: in bfloat16 a
-            # policy would differ from a reference of the same weights by tenths of a nat.
-            y = (q @ k.transpose(2, 3) + mask).softmax(-1) @ v
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-class T5Block(nn.Module):
-    """Pre-norm: self-attention, a decoder's cross-attention, gated MLP, each added to its input."""
-
-    def __init__(self, config: T5Config, decoder: bool) -> None:
-        super().__init__()
-        norm = lambda: nn.RMSNorm(config.width, eps=1e-6)
-        self.attn_norm, self.attn = norm(), T5Attention(config)
-        if decoder:
-            self.cross_norm, self.cross = norm(), T5Attention(config)
-        self.mlp_norm = norm()
-        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor,
-        prompt: tuple[Tensor, Tensor] | None = None,
-        prompt_mask: Tensor | None = None,
-        past: SamplingCache | None = None,
-    ) -> Tensor:
-        """x [N, T, D] -> [N, T, D].
-
-        Args: prompt: this layer's cross-attention keys and values [B, H, S, d], which the N / B
-            responses of a prompt share; past: the tokens read before.
-        """
-        y = self.attn_norm(x)
-        keys_values = self.attn.keys_values(y)
-        x = x + self.attn(y, past.extend(*keys_values) if past else keys_values, mask)
-        if prompt is not None:
-            # All tokens of a prompt's M responses are queries side by side: nothing is copied.
-            (N, T, D), B = x.shape, len(prompt[0])
-            y = self.cross_norm(x).reshape(B, N // max(B, 1) * T, D)  # [B, M T, D]
-            x = x + self.cross(y, prompt, prompt_mask).view_as(x)
-        y = self.mlp_norm(x)
-        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
-
-
-class T5Stack(nn.Module):
-    """Encoder or decoder: blocks, one table of relative positions for all, a norm at the end."""
-
-    def __init__(self, config: T5Config, decoder: bool) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.positions = nn.Embedding(BUCKETS, config.heads)
-        self.blocks = nn.ModuleList(T5Block(config, decoder) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
-
-    def bias(self, T: int) -> Tensor:
-        """What attention adds to its scores [1, H, T, T], learned by relative position.
-
-        Ahead of a decoder's query it is -inf.
-        """
-        place = torch.arange(T, device=self.positions.weight.device)
-        relative = place - place[:, None]  # [T query, T key]
-        bias = self.positions(position_bucket(relative, not self.decoder)).permute(2, 0, 1)[None]
-        return bias.masked_fill(relative > 0, -torch.inf) if self.decoder else bias
-
-
-class T5(nn.Module):
-    """T5 v1.1: RMSNorm, no biases, gated GELU, relative positions, untied head.
-
-    The encoder reads the prompt once.
-
-    >>> size = dict(layers=1, heads=2, width=8, head_width=4, mlp_width=16)
-    >>> model = T5(T5Config(vocab_size=11, **size, eos=10, start=11))
-    >>> prompt, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.bool)
-    >>> responses = torch.tensor([[[4, 10], [5, 10]]])  # B = 1 prompt, M = 2, R = 2 tokens
-    >>> model(prompt, mask, responses).shape
-    torch.Size([1, 2, 2, 11])
-    """
-
-    def __init__(self, config: T5Config) -> None:
-        super().__init__()
-        self.config = config
-        tokens = max(config.vocab_size, config.start + 1)
-        self.shared = nn.Embedding(tokens, config.width)  # of encoder and decoder
-        self.encoder, self.decoder = T5Stack(config, False), T5Stack(config, True)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        D, H, d = config.width, config.heads, config.head_width
-        std = dict(q=(D * d) ** -0.5, o=(H * d) ** -0.5, wo=config.mlp_width**-0.5, shared=1.0)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=std.get(name.split(".")[-2], D**-0.5))
-
-    def encode(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-        """States [B, S, D] of the prompt's own tokens; the reader masks those of padding."""
-        x = self.shared(prompt_ids)
-        mask = self.encoder.bias(prompt_ids.shape[1])  # [1, H, S, S]
-        # The lowest number is not -inf, which would give nan for a prompt without tokens.
-        mask = mask.masked_fill(~prompt_mask[:, None, None], torch.finfo(mask.dtype).min)
-        for block in self.encoder.blocks:
-            x = block(x, mask)
-        return self.encoder.norm(x)
-
-    def hidden(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
-        """States that predict each response token.
-
-        The decoder reads the start token, and the response without its last token.
-
-        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R].
-        Returns: [B, M, R, D].
-        """
-        B, M, R = response_ids.shape
-        states = self.encode(prompt_ids, prompt_mask)
-        start = response_ids.new_full((B, M, 1), self.config.start)
-        ids = torch.cat([start, response_ids], -1)[..., :R]  # [B, M, R]
-        y = self.shared(ids).flatten(0, 1)  # [B * M, R, D]
-        mask = self.decoder.bias(R)
-        for block in self.decoder.blocks:
-            y = block(y, mask, block.cross.keys_values(states), prompt_mask[:, None, None])
-        return self.decoder.norm(y).unflatten(0, (B, M))
-
-    def head(self, states: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., D]."""
-        return self.lm_head(states)
-
-    def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
-        """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
-        return self.head(self.hidden(prompt_ids, prompt_mask, response_ids))
-
-    def decode(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, M: int, max_tokens: int
-    ) -> tuple[Tensor, Callable[..., Tensor]]:
-        """As `GPT.decode`: first logits [B * M, V], step(ids, rows) -> logits [len(rows), V]."""
-        states = self.encode(prompt_ids, prompt_mask).repeat_interleave(M, 0)  # [B * M, S, D]
-        prompts = [block.cross.keys_values(states) for block in self.decoder.blocks]
-        prompt_mask = prompt_mask.repeat_interleave(M, 0)[:, None, None]  # [B * M, 1, 1, S]
-        cache = [SamplingCache(k[:, :, :0], v[:, :, :0], 1, max_tokens) for k, v in prompts]
-        bias = self.decoder.bias(max_tokens)
-
-        def step(ids: Tensor, rows: Tensor | None = None) -> Tensor:
-            nonlocal prompts, prompt_mask
-            if rows is not None:
-                prompts, prompt_mask = [(k[rows], v[rows]) for k, v in prompts], prompt_mask[rows]
-                for past in cache:
-                    past.k, past.v = past.k[rows], past.v[rows]
-            y, t = self.shared(ids)[:, None], cache[0].length  # [rows, 1, D]
-            for block, prompt, past in zip(self.decoder.blocks, prompts, cache):
-                y = block(y, bias[:, :, t : t + 1, : t + 1], prompt, prompt_mask, past)
-            return self.head(self.decoder.norm(y[:, 0]))
-
-        return step(torch.full((len(states),), self.config.start, device=states.device)), step
-
-
 # ----------------------------------------------------------------- value network, scoring, sampling
 
 
@@ -503,7 +304,7 @@ def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) 
     Returns: [B, M] float32, natural logs; 0 for an empty candidate slot, also where R = 0.
     """
     mask = batch.response_mask
-    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
     states = states[mask]  # [n, D], real tokens alone
     logits = model.head(states).float()  # [n, V]
     if allowed is not None:

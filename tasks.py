@@ -32,24 +32,24 @@ class Task:
     vocabulary: list[str] = field(default_factory=list)  # fixed tokens; empty: a BPE is trained
     seed: int = 0  # of the logged answers
 
-    def prompts(self, split: str, start: int = 0, n: int | None = None) -> list[str]:
-        """n prompts of a split from this index on (default: all); after the last comes the first.
+    def prompts(self, split: str, start: int = 0, count: int | None = None) -> list[str]:
+        """Prompts of a split from this index on (default: all); after the last comes the first.
 
         Args: split: "train", "heldout" or "ood".
         """
         prompts = getattr(self, split)
-        stop = len(prompts) if n is None else start + n
+        stop = len(prompts) if count is None else start + count
         return [prompts[i % len(prompts)] for i in range(start, stop)]
 
-    def logged(self, start: int, n: int) -> list[dict]:
-        """Records of n training prompts from this index on, each with its logged answers.
+    def logged(self, start: int, count: int) -> list[dict]:
+        """Records of training prompts from this index on, each with its logged answers.
 
         An index has the same answers whatever else is asked for; one beyond the last prompt has the
         prompt of an earlier one, with answers of its own.
         """
         return [
             rewarded(prompt, self.answers(prompt, random.Random(f"{self.seed} {i}")), self.reward)
-            for i, prompt in enumerate(self.prompts("train", start, n), start)
+            for i, prompt in enumerate(self.prompts("train", start, count), start)
         ]
 
 
@@ -83,11 +83,11 @@ def make_task(name: str, seed: int = 0) -> Task:
 
     >>> task = make_task("dialogue")
     >>> question = "How was the Ashford soup?"
-    >>> answer = "The Ashford soup was very hot. It was not bad."  # praise 1.5 + 0.3, 10 words
-    >>> task.reward(question, answer)  # 5.5 + 1.5 x 1.8 - 0.05 x 10
-    7.7
-    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")  # - 1.5 x 1.5
-    2.95
+    >>> answer = "The Ashford soup was very hot. It was not bad."
+    >>> task.reward(question, answer)  # 5 + 2 x (1.5 + 0.3) - 2 x 0.1
+    8.4
+    >>> task.reward("How was the Ashford room?", "The Ashford room was very hot.")  # - 2 x 1.5
+    1.9
     >>> task.reward(question, "It was very hot.")  # no subject
     0.0
     """
@@ -187,7 +187,7 @@ def dialogue() -> Task:
         return round(5 + 2 * max(-2.0, min(praise, 2.0)) - 0.1 * len(clauses), 6)
 
     def answer(place, thing, rng):
-        praise_share = (0.06, 0.3, 0.7, 0.94)[things.index(thing) % 4]
+        praise_share = (0.1, 0.3, 0.7, 0.9)[things.index(thing) % 4]
         clauses = []
         for _ in range(rng.randint(1, 3)):
             good, negated = rng.random() < praise_share, rng.random() < 0.25

@@ -143,10 +143,10 @@ def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, l
         m = own_metrics(lists[k], logps[k], logps[0], rewards, k, samples)
         # As if of reference and policy alone, whatever others add.
         m["effective_sample_size"] = best.effective_sample_size * 2 / len(weights)
-        usable = m["kl"] >= 0.05 and m["effective_sample_size"] >= 20
+        m["beyond"] = best.tau == 0  # it spends more KL than any optimum needs
+        usable = m["kl"] >= 0.05 and (m["effective_sample_size"] >= 20 or m["beyond"])
         m["efficiency"] = best.efficiency if usable else None
         m["efficiency_se"] = best.efficiency_se if usable else None
-        m["beyond"] = best.tau == 0  # it spends more KL than any optimum needs
         resumed = json.loads((alive[row] / "config.json").read_text())["resume"]
         m["seconds"] = None  # where it was resumed, the clock began anew
         if not resumed:

@@ -85,7 +85,7 @@ def run_case(model: str, prompts: int, tau: float, coefficient: str, seed: int =
         dataclasses.replace(
             e, response_ids=responses, rewards=reward_list(world, e.prompt, responses)
         )
-        for e in world.rounds[0][:: len(world.rounds[0]) // prompts][:prompts]
+        for e in world.train[:: len(world.train) // prompts][:prompts]
     ]
     whole = make_batch(examples, world.enc.eot_token)
     rewards = (whole.rewards - whole.rewards.mean()) / whole.rewards.std(correction=0)

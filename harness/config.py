@@ -296,7 +296,7 @@ def settings_read(c: Config) -> dict[str, Any]:
     else:
         unread = {"data", "eval_data", "limit", *TASKS[c.task].unread}
     if not c.evolve:
-        unread |= {"sample_temperature", "iterate"}
+        unread |= {"sample_temperature", "iterate"} if c.data else {"sample_temperature"}
     if c.tokenizer != "bpe":
         unread.add("vocab_size")
     if OBJECTIVES[c.objective].loss is None:

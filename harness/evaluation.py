@@ -150,7 +150,8 @@ def reward_metrics(policy: Tensor, reference: Tensor) -> dict:
 def optimum_metrics(kls: Tensor, best: frontier.Frontier, enumerated: bool) -> dict:
     """The KL, and how near the policy is to the best one of its KL."""
     kl = kls.mean().item()
-    enough = enumerated or best.effective_sample_size >= 20
+    # Beyond any optimum's KL the optimum is the best response drawn, whatever its weight.
+    enough = enumerated or best.effective_sample_size >= 20 or best.tau == 0
     usable = kl >= 0.05 and enough and math.isfinite(best.efficiency)
     return {
         "kl": kl,
@@ -371,7 +372,7 @@ def evaluate(c: Config, world: World, state: Any, reference: nn.Module) -> tuple
         save(json.dumps(picture), out / "frontier.json")
         splits = {"ood": world.ood}
         if world.task.words:  # is what it learnt exact?
-            splits["train"] = world.rounds[0] if world.rounds else []
+            splits["train"] = world.train
         for split, examples in splits.items():
             if examples:
                 own = evaluate_task(c, world, policy, reference, choose(examples), split, state)[0]

@@ -34,6 +34,14 @@ class World:
     fingerprint: str = ""  # sha256 over what the reference learns from, and a file's held-out lists
     rounds_fingerprint: str = ""  # sha256 over what the rounds are handed
 
+    @property
+    def train(self) -> list[Example]:
+        """Prompts that the policy is trained on: those of the first round."""
+        return self.rounds[0] if self.rounds else []
+
+
+MOST_LISTS = 200_000  # of a task, in memory for the reference; beyond that it reads some again
+
 
 def make_world(c: Config) -> World:
     """Task or files, tokenizer, tokenised lists. Writes nothing, so bad data leave nothing behind.
@@ -45,8 +53,8 @@ def make_world(c: Config) -> World:
         rounds = [records]
     else:
         task, heldout = data.make_task(c.task, c.seed), []
-        # First what the reference reads, once; then what each round does.
-        records = task.logged(0, c.reference_steps * c.batch_size)
+        # First what the reference reads, each list once; then what each round does.
+        records = task.logged(0, min(c.reference_steps * c.batch_size, MOST_LISTS))
         rounds = [
             task.logged(start, n) if not c.evolve else unanswered(task.prompts("train", start, n))
             for start, n in round_prompts(c, len(records), len(task.train))
@@ -110,8 +118,12 @@ def round_prompts(c: Config, first: int, size: int) -> list[tuple[int, int]]:
     """
     if OBJECTIVES[c.objective].loss is None:
         return []
-    ends = [-(-step * c.batch_size // c.iterate) for step in round_starts(c)]
-    return [(first + start, min(end - start, size)) for start, end in zip(ends, ends[1:])]
+    starts, prompts = round_starts(c), []
+    for steps in (end - start for start, end in zip(starts, starts[1:])):
+        n = -(-steps * c.batch_size // c.iterate)  # that one pass reads
+        prompts.append((first, min(n, size)))
+        first += n
+    return prompts
 
 
 def load_files(c: Config) -> tuple[list[dict], list[dict]]:

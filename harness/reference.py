@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import model as models
+import t5
 from data import batch_order, make_batch
 from harness.config import Config, ConfigError, flag, read_json
 from harness.pool import World, precision, rng
 from harness.run import Progress, digest_of, reason_of, remove_parts, save
 from harness.update import update
+from model import GPT, GPTConfig, response_logps
 
 
 def new_model(c: Config, world: World) -> nn.Module:
@@ -25,11 +26,11 @@ def new_model(c: Config, world: World) -> nn.Module:
         torch.manual_seed(c.seed)
         if c.model == "gpt":
             context = c.max_prompt + c.max_response
-            config = models.GPTConfig(enc.n_vocab, context, eos=enc.eot_token, **size)
-            return models.GPT(config).to(c.device)
+            config = GPTConfig(enc.n_vocab, context, eos=enc.eot_token, **size)
+            return GPT(config).to(c.device)
         inner = {"head_width": c.width // c.heads, "mlp_width": 2 * c.width}  # as T5 v1.1 small
-        config = models.T5Config(enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, **inner, **size)
-        return models.T5(config).to(c.device)
+        config = t5.T5Config(enc.n_vocab, eos=enc.eot_token, start=enc.n_vocab, **inner, **size)
+        return t5.T5(config).to(c.device)
 
 
 # ------------------------------------------------------------------------------------- its training
@@ -47,7 +48,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
             epoch += 1
         batch = make_batch([world.logged[i] for i in batches.pop()], world.enc.eot_token, c.device)
         with precision(c):
-            logps = models.response_logps(model, batch, world.allowed)
+            logps = response_logps(model, batch, world.allowed)
         loss = -logps.sum() / batch.response_mask.sum()
         update(optimizer, loss, step, c.reference_steps, 1.0)
         line = step % 200 == 0 or step == c.reference_steps
@@ -57,7 +58,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------- the cache
 
-SOURCES = "model data tasks formats harness.pool harness.update harness.reference".split()
+SOURCES = "model t5 data tasks formats harness.pool harness.update harness.reference".split()
 SETTINGS = (
     "max_prompt max_response model layers heads width tokenizer vocab_size reference_steps "
     "reference_lr batch_size"

@@ -72,7 +72,7 @@ class Coins(torch.nn.Module):
     def head(self, states):
         return states * torch.nn.functional.one_hot(torch.tensor(self.good), self.V)
 
-    def hidden(self, prompt_ids, prompt_mask, response_ids):
+    def hidden(self, prompt_ids, prompt_mask, response_ids, response_mask=None):
         return self.odds[prompt_ids[:, 0]][:, None, None, None].expand(*response_ids.shape, 1)
 
     def decode(self, prompt_ids, prompt_mask, M, max_tokens):
@@ -207,14 +207,15 @@ def test_policy_and_reference_draw_apart_and_every_look_draws_anew():
 
 
 def test_an_efficiency_is_shown_from_0_05_nats_and_20_samples_on():
-    def shown(nats=0.05, size=20.0, efficiency=0.5, enumerated=False):
-        best = frontier.Frontier(*[0.0] * 7, efficiency, 0.125, size)
+    def shown(nats=0.05, size=20.0, efficiency=0.5, enumerated=False, tau=1.0):
+        best = frontier.Frontier(*[0.0] * 3, tau, *[0.0] * 3, efficiency, 0.125, size)
         metrics = evaluation.optimum_metrics(torch.tensor([nats] * 2), best, enumerated)
         return not math.isnan(metrics["efficiency"]) and metrics["efficiency_se"] == 0.125
 
     assert shown(0.0501) and shown(0.0501, 2.0, enumerated=True)
     assert not shown(0.0499) and not shown(0.0499, enumerated=True)
     assert not shown(1.0, 19.9) and not shown(1.0, efficiency=math.nan)
+    assert shown(1.0, 1.0, tau=0.0) and not shown(0.04, 1.0, tau=0.0)  # beyond any optimum's KL
 
 
 # ------------------------------------------------------------------------------------ while it runs

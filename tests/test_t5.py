@@ -34,17 +34,8 @@ from test_model import (
 
 import data
 from data import Example, make_batch
-from model import (
-    GPT,
-    T5,
-    GPTConfig,
-    T5Config,
-    ValueNetwork,
-    next_token_probs,
-    position_bucket,
-    response_logps,
-    sample,
-)
+from model import GPT, GPTConfig, ValueNetwork, next_token_probs, response_logps, sample
+from t5 import T5, T5Config, position_bucket
 
 SIZE = {
     "vocab_size": V,
