@@ -1,7 +1,7 @@
 """What the two papers compare with. Plain functions of log-probabilities, as in lire.py and dro.py.
 
     pairs [N]        dpo_loss  ipo_loss  slic_loss              chosen against rejected
-    lists [B, M]     plackett_luce_loss  rrhf_loss  pro_loss    `mask` is True where a slot is real
+    lists [B, M]     plackett_luce_loss  rrhf_loss  pro_loss  rwr_loss    `mask`: which are real
     single [N]       kto_loss                                   desirable or not
 
 RRHF, SLiC and PRO add the likelihood of the best response: lire.sft_loss, weighed where the losses
@@ -218,6 +218,40 @@ def pro_loss(logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor) -> T
     others = (gaps * scores[:, None, :]).masked_fill(~later, -torch.inf)
     total = torch.cat([own[..., None], others], -1).logsumexp(-1)
     return torch.where(later.any(-1), total - own, 0.0).sum(-1)
+
+
+def rwr_loss(logps: Tensor, rewards: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """Reward-weighted likelihood (Peters and Schaal 2007; Peng et al. 2019, arXiv 1910.00177).
+
+        - sum_j softmax(r / tau)_j logps_j                  over the candidates of one prompt
+
+    With M samples of pi_ref a prompt it is least, in expectation, where pi is
+
+        pi_ref(y) E[M w(y) / (w(y) + sum of the w of M - 1 others)],     w = exp(r / tau)
+
+    because each of the M samples is y with probability pi_ref(y), and then weighs that much. This
+    is pi_ref for M = 1 (plain likelihood), never more than M pi_ref, so its KL to the reference is
+    at most log M; as M grows the sum of the others nears M E[w], and this nears pi* (dro.py).
+
+    Args: logps, rewards [B, M], the first alone with gradient; mask [B, M] bool; tau > 0.
+    Returns: [B].
+    Raises: ValueError on other shapes, a mask that is not bool, tau <= 0 or nan.
+    Differs from the paper: weights are normalised within the list; there they have a learned
+        baseline or a sum over the batch.
+
+    >>> logps, rewards = torch.tensor([[-1.0, -3.0]]), torch.tensor([[0.0, 0.0]])
+    >>> rwr_loss(logps, rewards, torch.tensor([[True, True]]), 0.5)
+    tensor([2.])
+    """
+    _positive("tau", tau)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"expected a bool mask, got {mask.dtype}")
+    _check(mask.shape, mask, logps, rewards, dims=2)
+    logps, rewards = _wide(logps, rewards.detach())
+    # The lowest number is not -inf, which would give nan for a list without candidates.
+    lowest = torch.finfo(rewards.dtype).min
+    weights = (rewards / tau).masked_fill(~mask, lowest).softmax(-1)
+    return -(weights * torch.where(mask, logps, 0.0)).sum(-1)
 
 
 def _scores_best_first(

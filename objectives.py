@@ -103,6 +103,11 @@ def pro_objective(c: Any, x: Inputs) -> Losses:
     return {"loss/pro": loss} | sft_term(c, x, (x.mask.sum(-1) - 1) ** 2)
 
 
+def rwr_objective(c: Any, x: Inputs) -> Losses:
+    """Reward-weighted likelihood: how near does the simplest loss come to pi*?"""
+    return {"loss": baselines.rwr_loss(x.logps, x.rewards, x.mask, c.tau)}
+
+
 def kto_objective(c: Any, x: Inputs) -> Losses:
     """KTO: desirable is what earns more than the batch's mean, or of thumbs what is up."""
     rewards = x.rewards[x.mask].double()
@@ -366,6 +371,14 @@ OBJECTIVES = {
     "slic": Objective(slic_objective, {"lr": 1e-3, "sft_weight": 3.0}, {"pairs"}),
     "pro": Objective(
         pro_objective, {"lr": 1e-3, "sft_weight": 0.15}, {"lists"}, reward_norm=("global", "none")
+    ),
+    "rwr": Objective(
+        rwr_objective,
+        {"lr": 1e-3, "tau": 0.1},
+        {"lists"},
+        reward_norm=("global", "none"),
+        strength="tau",
+        residual=dro_residual,
     ),
     "sft": Objective(None, {"lr": 5e-4}),
 }

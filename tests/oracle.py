@@ -4,6 +4,7 @@ The judge of lire.py, dro.py, baselines.py and data.py. Everything works on one 
 (logps, rewards: [M]), so no mask can be forgotten here.
 """
 
+import itertools
 import re
 from collections import Counter
 
@@ -160,6 +161,21 @@ def pro_loss(logps, lengths, rewards):
         others = sum(np.exp(gap * scores[i]) for gap, i in zip(gaps, worse))
         loss -= np.log(own / (own + others))
     return loss
+
+
+def rwr_loss(logps, rewards, tau):
+    weights = [np.exp(r / tau) for r in rewards]
+    return -sum(w * s for w, s in zip(weights, logps)) / sum(weights)
+
+
+def rwr_target(ref, rewards, tau, M):
+    """Where the expected loss on M samples of `ref` is least: the mean weight of each response."""
+    target = np.zeros(len(ref))
+    for chosen in itertools.product(range(len(ref)), repeat=M):  # every list that can be drawn
+        weights = np.exp(np.array(rewards)[list(chosen)] / tau)
+        for j, weight in zip(chosen, weights / weights.sum()):
+            target[j] += np.prod(np.array(ref)[list(chosen)]) * weight
+    return target
 
 
 def kl(probs, ref):

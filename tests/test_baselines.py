@@ -8,9 +8,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import check_constants, gradient, gradients, public
+from helpers import REF, REWARDS, check_constants, gradient, gradients, public
 
 import baselines
+import dro
 import lire
 
 # ------------------------------------------------------------------------------------------- single
@@ -161,6 +162,7 @@ JUDGES = {
     "plackett_luce_loss": judge_plackett_luce,
     "rrhf_loss": lambda logps, ref, *rest: oracle.rrhf_loss(logps, *rest),
     "pro_loss": lambda logps, ref, *rest: oracle.pro_loss(logps, *rest),
+    "rwr_loss": lambda logps, ref, lengths, rewards: oracle.rwr_loss(logps, rewards, 0.7),
 }
 
 
@@ -174,6 +176,8 @@ def padded(padding=0.0, dtype=torch.float64):
 def list_loss(name, logps, ref_logps, lengths, rewards, mask):
     if name == "plackett_luce_loss":
         return baselines.plackett_luce_loss(logps, ref_logps, rewards, mask, 0.7)
+    if name == "rwr_loss":
+        return baselines.rwr_loss(logps, rewards, mask, 0.7)
     return getattr(baselines, name)(logps, lengths, rewards, mask)
 
 
@@ -230,6 +234,35 @@ def test_rrhf_and_pro_divide_by_the_lengths_and_do_nothing_for_a_single_response
     assert baselines.pro_loss(s, unlike, r, two).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("M", [1, 2, 3, 7])
+def test_reward_weighted_likelihood_is_least_at_its_target_and_nears_the_optimum(M):
+    (ref, rewards), tau = (torch.tensor(row, dtype=torch.float64) for row in (REF, REWARDS)), 0.5
+    target = torch.tensor(oracle.rwr_target(REF, REWARDS, tau, M))
+    assert target.sum().item() == pytest.approx(1)
+    # The gradient of the expected loss, over every list that can be drawn, in the target's logits.
+    lists = torch.cartesian_prod(*[torch.arange(3)] * M).view(-1, M)
+    chances, mask = ref[lists].prod(-1), torch.ones(len(lists), M, dtype=torch.bool)
+    expected = lambda logits: (
+        chances * baselines.rwr_loss(logits.log_softmax(-1)[lists], rewards[lists], mask, tau)
+    )
+    assert gradients(expected, target.log())[0].abs().max() < 1e-12
+    assert gradients(expected, ref.log())[0].abs().max() > 0.01 or M == 1
+    # KL to the reference: none for plain likelihood, never more than log M; nearer to pi*.
+    kl = oracle.kl(target.numpy(), REF)
+    assert kl == pytest.approx(0, abs=1e-12) if M == 1 else 0 < kl < math.log(M)
+    optimum = dro.optimal_logps(ref.log()[None], rewards[None], tau)[0].exp().numpy()
+    before = oracle.kl(optimum, oracle.rwr_target(REF, REWARDS, tau, max(M - 1, 1)))
+    assert oracle.kl(optimum, target.numpy()) < before or M == 1
+    assert oracle.kl(optimum, oracle.rwr_target(REF, REWARDS, tau, 9)) < 0.01
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, math.nan])
+def test_reward_weighted_likelihood_refuses_impossible_tau(tau):
+    *_, mask = padded()
+    with pytest.raises(ValueError, match="tau must be positive"):
+        baselines.rwr_loss(torch.zeros(5, 6), torch.zeros(5, 6), mask, tau)
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_list_losses_refuse_other_shapes_and_masks(name):
     good = padded()
@@ -262,6 +295,7 @@ FUNCTIONS = {
     "plackett_luce_loss": (("logps", "ref_logps", "rewards", "mask"), LIST[:1], (0.7,)),
     "rrhf_loss": (("logps", "lengths", "rewards", "mask"), LIST[:1], ()),
     "pro_loss": (("logps", "lengths", "rewards", "mask"), LIST[:1], ()),
+    "rwr_loss": (("logps", "rewards", "mask"), LIST[:1], (0.7,)),
 }
 
 

@@ -55,7 +55,7 @@ from tasks import TASKS
         ),
         (
             "--objective lire --tau 0.5",
-            "--tau is an option of dro, dro-p: --objective lire does not read it",
+            "--tau is an option of dro, dro-p, rwr: --objective lire does not read it",
         ),
         ("--objective dro --beta 0.5", "--beta is an option of dpo, ipo, pl-dpo, kto: "),
         ("--objective dpo --sft-weight 0.1", "--sft-weight is an option of lire, rrhf, slic, pro:"),

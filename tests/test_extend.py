@@ -48,7 +48,7 @@ def help_text(capsys):
 
 def test_a_new_objective_is_in_the_help_with_its_option_and_its_default(hinge, capsys):
     text = help_text(capsys)
-    assert "slic, pro, sft" in text and ", ahead (default lire)" in text
+    assert "slic, pro, rwr, sft" in text and ", ahead (default lire)" in text
     assert (
         "--lead LEAD what the best candidate should be ahead by, in nats (default 2.0 ahead)"
         in text
@@ -61,7 +61,10 @@ def test_a_new_objective_is_in_the_help_with_its_option_and_its_default(hinge, c
         ("--objective lyre", "choose from .*lire, .*, sft.*, ahead"),
         ("--lead 1", "--lead is an option of ahead: --objective lire does not read it"),
         ("--objective ahead --lead 0", "--lead must be positive"),
-        ("--objective ahead --tau 1", "--tau is an option of dro, dro-p: --objective ahead does"),
+        (
+            "--objective ahead --tau 1",
+            "--tau is an option of dro, dro-p, rwr: --objective ahead does",
+        ),
         ("--objective ahead --candidates 1", "ahead compares the candidates of a list"),
         ("--objective ahead --reward-norm softmax", "ahead takes none or global"),
     ],
