@@ -106,6 +106,15 @@ def mixture_weights(log_ratios: Tensor) -> tuple[Tensor, Tensor]:
     return log_rho.log_softmax(-1), log_w.log_softmax(-1)
 
 
+def effective_sample_size(logps: Tensor) -> float:
+    """1 / sum p^2 of weights [B, N], given as logs: how many samples they amount to, mean over B.
+
+    >>> round(effective_sample_size(torch.tensor([[0.5, 0.5, 0.0]]).log()), 4)
+    2.0
+    """
+    return (1 / logps.exp().square().sum(-1)).mean().item()
+
+
 def frontier_curve(log_b: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:
     """KL and reward of the optimum for every prompt, from no KL to the limit tau -> 0.
 
@@ -188,5 +197,5 @@ def frontier(
         optimal_reward_se=torch.stack(optima).std().item(),
         efficiency=efficiency,
         efficiency_se=gains.std().item() if len(gains) > 1 else math.nan,
-        effective_sample_size=(1 / best.square().sum(-1)).mean().item(),
+        effective_sample_size=effective_sample_size(best_logps),
     )

@@ -1,17 +1,16 @@
 """Every objective and the optimum on one plane: held-out reward against KL to the reference.
 
-    python -m experiments.compare           every objective, 3 seeds: half an hour on two cores
-    python -m experiments.compare --quick   one strength each, one seed, a short training: 3 minutes
-    python -m experiments.compare --grid    3 learning rates x 3 strengths of each, judged on
-                                            training prompts: an hour
+    python -m experiments.compare               offline, 3 seeds: 40 minutes on two cores
+    python -m experiments.compare --evolve 10   with ten rounds of the policy's own samples
+    python -m experiments.compare --quick       one strength each, one seed, a short training
 
-All start from the same reference and the same first pool, its samples, and make the same number of
-updates; the four later pools of the same size are each policy's own (with --evolve 1 there is the
-first alone: offline, everyone on the same responses). For each seed there is one frontier, from
-samples of the reference and of all policies together: each sample is scored by every model and
-weighed against the mixture of them all, so that no policy is measured by its own samples alone.
-Prints a table and writes results/compare.txt, .csv, .json and, where matplotlib is present, .png.
-Seconds are of drawing pools and training, on one thread beside another cell.
+All start from the same reference and learn from the same pool, its samples, in the same number of
+updates; with --evolve the later pools, of the same size in all, are each policy's own. For each
+seed there is one frontier, from samples of the reference and of all policies together: each sample
+is scored by every model and weighed against the mixture of them all, so that no policy is measured
+by its own samples alone. Prints a table and writes results/compare.txt, .csv, .json and, where
+matplotlib is present, .png. Seconds are of drawing pools and training, on one thread beside another
+cell.
 """
 
 import argparse
@@ -37,24 +36,25 @@ from harness.update import finite
 from objectives import OBJECTIVES
 from train import Config
 
-# What sets the strength of an objective, and its values in the grid, weak KL penalty last. Others
-# have their own strength option, at its default.
-GRID = {
-    "lire": ("temperature", (1.0, 2.0, 4.0)),
-    "dro": ("tau", (0.5, 0.2, 0.1)),
-    "dpo": ("beta", (0.3, 0.1, 0.03)),
-    "kto": ("beta", (5.0, 1.0, 0.5)),
-    "ipo": ("beta", (0.3, 0.1, 0.03)),
-    "pl-dpo": ("beta", (1.0, 0.3, 0.1)),
-    # RRHF's paper has 1, of a sum; here it is of a mean over about 10 tokens.
-    "rrhf": ("sft_weight", (30.0, 10.0, 3.0)),
-    "slic": ("sft_weight", (3.0, 1.0, 0.3)),
-    "pro": ("sft_weight", (0.15, 0.05, 0.015)),
+# What sets the strength of an objective, and its values, weak KL penalty last: experiments.grid
+# goes up and down these ladders. The objectives that are not here have no such option.
+LADDERS = {
+    "lire": ("temperature", (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
+    "dro": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
+    "dro-p": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
+    "rwr": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
+    "kto": ("beta", (10.0, 5.0, 2.0, 1.0, 0.5, 0.2)),
+    "dpo": ("beta", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
+    "ipo": ("beta", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
+    "pl-dpo": ("beta", (2.0, 1.0, 0.5, 0.2, 0.1, 0.05)),
+    # RRHF's paper has 1, of a sum; here it is of a mean over about 15 tokens.
+    "rrhf": ("sft_weight", (200.0, 100.0, 50.0, 20.0, 10.0, 5.0)),
+    "slic": ("sft_weight", (20.0, 10.0, 5.0, 2.0, 1.0, 0.5)),
+    "pro": ("sft_weight", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
 }
-SHOWN_WHOLE = ("lire", "dro", "dpo", "kto")  # at all three strengths; the others at their default
-RATES = (2e-4, 5e-4, 1e-3)
-COMMON = {"evolve": 5, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
-QUICK = {"evolve": 2, "steps": 80, "eval_prompts": 16, "eval_samples": 32, "reference_steps": 300}
+SHOWN_WHOLE = ("lire", "dro", "dpo", "kto", "rwr")  # with the strengths beside the default
+COMMON = {"evolve": 1, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
+QUICK = {"evolve": 1, "steps": 80, "eval_prompts": 16, "eval_samples": 32, "reference_steps": 300}
 COLUMNS = """
     policy_reward win_rate kl efficiency policy_length policy_distinct entropy seconds
 """.split()
@@ -66,25 +66,19 @@ def compare_rows(quick: bool) -> dict[str, dict]:
     for objective, row in OBJECTIVES.items():
         if row.loss is None:
             continue
-        name, values = GRID.get(objective, (row.strength, ()))
-        if name is None:
+        if objective not in LADDERS:
             rows[objective] = {"objective": objective}
             continue
-        if quick or objective not in SHOWN_WHOLE:
-            values = [row.defaults[name]]
+        name, values = LADDERS[objective]
+        default = row.defaults[name]
+        if not quick and objective in SHOWN_WHOLE and default in values:
+            place = values.index(default)
+            values = values[max(place - 1, 0) : place + 2]
+        else:
+            values = [default]
         for value in values:
             rows[f"{objective}, {name} {value:g}"] = {"objective": objective, name: value}
     return rows
-
-
-def grid_rows() -> dict[str, dict]:
-    """{row: settings} of the grid: the same 3 x 3 for every objective."""
-    return {
-        f"{objective}, {name} {value:g}, lr {lr:g}": {"objective": objective, name: value, "lr": lr}
-        for objective, (name, values) in GRID.items()
-        for value in values
-        for lr in RATES
-    }
 
 
 @torch.no_grad()
@@ -107,31 +101,22 @@ def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, l
     examples = random.Random(0).sample(examples, min(c.eval_prompts, len(examples)))
     weights = all_weights(list(alive.values()), c)
 
-    # Samples of every model; the same answer to a prompt is rewarded and scored once.
+    # Samples of every model, K n a prompt, each scored by every model.
     model, lists = new_model(c, world).eval(), []
     for k, state in enumerate(weights):
         model.load_state_dict(state)
         generator = rng(c.seed, "plane", split, k, device=c.device)
         lists.append(sample_lists(c, world, model, examples, samples, generator))
-    # K n responses a prompt.
-    drawn = [
-        [tuple(ids) for responses in of_prompt for ids in responses] for of_prompt in zip(*lists)
-    ]
-    distinct = [list(dict.fromkeys(responses)) for responses in drawn]
-    pool = with_responses(examples, [list(map(list, responses)) for responses in distinct])
-
-    def for_each_sample(values):
-        """[B, K n] from a value of every distinct response."""
-        known = [dict(zip(*pair)) for pair in zip(distinct, values)]
-        rows = [[value[ids] for ids in ids_of_prompt] for value, ids_of_prompt in zip(known, drawn)]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    own = [reward_tensor(world, [e], [e.response_ids])[0].tolist() for e in pool]
-    rewards, logps = for_each_sample(own), []
+    drawn = [sum(of_prompt, []) for of_prompt in zip(*lists)]
+    rewards, pool, logps = (
+        reward_tensor(world, examples, drawn),
+        with_responses(examples, drawn),
+        [],
+    )
     for state in weights:
         model.load_state_dict(state)
-        logps.append(for_each_sample(score_lists(c, world, model, pool)))
-    logps = torch.stack(logps)  # [K, B, K n]
+        logps.append(score_lists(c, world, model, pool))
+    logps = torch.tensor(logps, dtype=torch.float64)  # [K, B, K n]
 
     # Each policy against the frontier of them all.
     log_weights = joint_weights(logps)
@@ -181,17 +166,6 @@ def joint_weights(logps: Tensor) -> Tensor:
     return (logps - logps.logsumexp(0)).log_softmax(-1)
 
 
-def grid_plane(configs: dict[str, Config], samples: int) -> tuple[dict, list, dict]:
-    """plane() on training prompts, each policy with the reference alone.
-
-    81 policies are too many to score one another's samples.
-    """
-    planes = [plane({row: c}, "train", samples) for row, c in configs.items()]
-    references = [reference for _, _, reference in planes if reference]
-    metrics = {row: m for found, _, _ in planes for row, m in found.items()}
-    return metrics, [], next(iter(references), {})
-
-
 def collapsed(metrics: dict, reference: dict, most_kl: float) -> bool:
     """Does a policy say one thing a prompt, lose reward, or spend twice any optimum's KL?"""
     values = [metrics[name] for name in ("policy_reward", "kl", "entropy")]
@@ -202,16 +176,6 @@ def collapsed(metrics: dict, reference: dict, most_kl: float) -> bool:
         or metrics["policy_reward"] < reference["policy_reward"]
         or metrics["kl"] > 2 * most_kl
     )
-
-
-def best_settings(results: dict) -> dict[str, dict]:
-    """{objective: settings} of the grid's rows of most reward, without what failed or collapsed."""
-    candidates, rows = {}, grid_rows()
-    for row, (metrics,) in results["rows"].items():
-        if not metrics.get("failed") and not metrics["collapsed"]:
-            objective = rows[row]["objective"]
-            candidates.setdefault(objective, []).append((metrics["policy_reward"], row))
-    return {objective: rows[max(scored)[1]] for objective, scored in candidates.items()}
 
 
 def own_metrics(
@@ -317,7 +281,6 @@ def draw(results: dict, path: Path) -> str:
 
 def main(
     quick: bool = False,
-    grid: bool = False,
     task: str = "dialogue",
     model: str = "gpt",
     seeds: int | None = None,
@@ -326,19 +289,16 @@ def main(
 ) -> dict:
     """Run or find the cells, compare them, print and write what came out.
 
-    Raises: ConfigError where the options don't go together, or every cell of a seed has failed.
+    Raises: ConfigError where there is no seed, or every cell of a seed has failed.
     """
-    if seeds is None:
-        seeds = 1 if quick or grid else 3
+    usual = 1 if quick else 3
+    seeds = usual if seeds is None else seeds
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
-    if grid and (quick or evolve or seeds > 1):
-        raise ConfigError(
-            "--grid is of one seed, with settings of its own: leave --quick, --evolve and --seeds "
-            "away"
-        )
-    rows = grid_rows() if grid else compare_rows(quick)
-    common = {"task": task, "model": model, **(QUICK if quick else COMMON)}
+    rows, common = (
+        compare_rows(quick),
+        {"task": task, "model": model, **(QUICK if quick else COMMON)},
+    )
     if evolve:
         common["evolve"] = evolve
     configs = [
@@ -346,35 +306,28 @@ def main(
         for seed in range(seeds)
     ]
     run_cells([c for of_seed in configs for c in of_seed.values()], jobs)
-    n = common["eval_samples"]
-    planes = [grid_plane(own, n) if grid else plane(own, "heldout", 2 * n) for own in configs]
+    planes = [plane(of_seed, "heldout", 2 * common["eval_samples"]) for of_seed in configs]
     if not all(metrics for metrics, _, _ in planes):
         raise ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     results = {
         "settings": common
-        | {"seeds": seeds, "lr": {o: OBJECTIVES[o].defaults["lr"] for o in GRID}},
+        | {"seeds": seeds, "lr": {o: OBJECTIVES[o].defaults["lr"] for o in LADDERS}},
         "reference": [reference for _, _, reference in planes],
         "rows": {row: [m.get(row, {"failed": True}) for m, _, _ in planes] for row in rows},
         "frontiers": [curve for _, curve, _ in planes],
     }
-    words = ["grid" if grid else "compare"]
-    words += [word for word in (task, model) if word not in ("dialogue", "gpt")]
+    words = ["compare", *(word for word in (task, model) if word not in ("dialogue", "gpt"))]
     words += [f"evolve{evolve}"] * bool(evolve) + ["quick"] * quick
-    options = ["--grid"] * grid + ["--quick"] * quick
+    options = ["--quick"] * quick
     options += [f"--task {task}"] * (task != "dialogue") + [f"--model {model}"] * (model != "gpt")
-    options += [f"--evolve {evolve}"] * bool(evolve)
-    options += [f"--seeds {seeds}"] * (seeds != (1 if quick or grid else 3))
+    options += [f"--evolve {evolve}"] * bool(evolve) + [f"--seeds {seeds}"] * (seeds != usual)
     path = Path("results") / "-".join(words)
     write_results(path.name, " ".join(["python -m experiments.compare", *options]), results)
     Path(f"{path}.csv").write_text(as_csv(results))
     Path(f"{path}.txt").write_text(table(results) + "\n")
-    if grid:
-        end = "most reward:\n" + "\n".join(map(str, best_settings(results).values()))
-    else:
-        end = draw(results, Path(f"{path}.png"))
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
-    split = "training" if grid else "held-out"
-    print(f"\nmean ± standard deviation over {over}, {split} prompts\n\n{table(results)}\n\n{end}")
+    print(f"\nmean ± standard deviation over {over}, held-out prompts\n\n{table(results)}\n")
+    print(draw(results, Path(f"{path}.png")))
     return results
 
 
@@ -383,10 +336,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one strength, one seed, few steps")
-    parser.add_argument("--grid", action="store_true", help="the grid that the defaults come from")
     parser.add_argument("--task", default="dialogue")
     parser.add_argument("--model", default="gpt")
-    parser.add_argument("--seeds", type=int, help="how many; default 3, of --quick and --grid 1")
-    parser.add_argument("--evolve", type=int, help="rounds; 1: everyone on the same pool, offline")
+    parser.add_argument("--seeds", type=int, help="how many; default 3, of --quick 1")
+    parser.add_argument(
+        "--evolve", type=int, help="rounds; default 1: offline, all on the same pool"
+    )
     parser.add_argument("--jobs", type=int, default=0, help="cells at a time (0: one a core)")
     run_script("compare", lambda: main(**vars(parser.parse_args())))

@@ -122,9 +122,9 @@ def evaluate_task(
     objective = OBJECTIVES[c.objective]
     if objective.residual and state and (state.reward_scale or c.reward_norm == "none"):
         scaled = normalise(all_rewards, state.reward_scale)
-        own, values = against_the_optimum(c, world, state, examples, log_b, log_w, scaled)
-        if not enumerated:  # the weights say too little about every single response
-            own.pop("kl_from_optimum")
+        own, values = against_the_optimum(
+            c, world, state, examples, log_b, log_w, scaled, enumerated
+        )
         metrics, picture = metrics | own, picture | values
 
     for who in ("policy", "reference"):
@@ -181,17 +181,22 @@ def against_the_optimum(
     log_b: Tensor,
     log_w: Tensor,
     rewards: Tensor,
+    enumerated: bool,
 ) -> tuple[dict, dict]:
     """pi* and V* at the objective's own strength beside policy and value network.
 
-    Args: log_b, log_w [B, N], as `frontier.frontier`; rewards [B, N], as the objective sees them.
+    Args: log_b, log_w [B, N], as `frontier.frontier`; rewards [B, N], as the objective sees them;
+        enumerated: they are all there are.
     Returns: metrics; for the picture, V and V* of every prompt.
     """
     tau = getattr(c, OBJECTIVES[c.objective].strength)
     optimal_values = dro.optimal_value(log_b, rewards, tau)  # [B]
     optimum = dro.optimal_logps(log_b, rewards, tau)
+    # A few samples with nearly all the weight say too little of KL(pi*, policy).
+    enough = enumerated or frontier.effective_sample_size(optimum) >= 20
+    distance = dro.kl_divergence(optimum, log_w).mean().item()
     metrics = {
-        "kl_from_optimum": dro.kl_divergence(optimum, log_w).mean().item(),  # KL(pi*, policy)
+        "kl_from_optimum": distance if enough else math.nan,
         "optimum_kl": dro.kl_divergence(optimum, log_b).mean().item(),  # KL(pi*, reference)
     }
     if not state.value_network:

@@ -161,7 +161,13 @@ def test_dro_is_measured_against_pi_star_and_v_star_of_its_own_tau_on_its_own_sc
     sampled = evaluation.evaluate_task(
         c, world, state.policy, Coins(world, *q), world.heldout, "heldout", state, False
     )[0]
-    assert "kl_from_optimum" not in sampled and "optimum_kl" in sampled
+    assert sampled["optimum_kl"] > 0
+    close(sampled["kl_from_optimum"], metrics["kl_from_optimum"], 0.05)
+    few = dataclasses.replace(c, eval_samples=8)
+    sampled = evaluation.evaluate_task(
+        few, world, state.policy, Coins(world, *q), world.heldout, "heldout", state, False
+    )[0]
+    assert sampled["kl_from_optimum"] is None  # 16 samples amount to no 20
 
 
 def test_coins_of_two_like_faces_earn_win_and_answer_as_they_must():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import ROOT, SMALL
+from helpers import SMALL
 
 import frontier
 from experiments import cells, compare
@@ -171,27 +171,6 @@ def test_a_row_is_beyond_where_the_frontier_has_ended(compared, monkeypatch):
     assert [m["beyond"] for m in metrics.values()] == [True, True]
 
 
-def test_the_defaults_are_the_best_of_the_grid():
-    results = json.loads((ROOT / "results" / "grid.json").read_text())["results"]
-    assert set(results["rows"]) == set(compare.grid_rows())
-    best = compare.best_settings(results)
-    assert set(best) == set(compare.GRID)
-    for objective, settings in best.items():
-        defaults = OBJECTIVES[objective].defaults
-        assert settings == {"objective": objective} | {
-            name: defaults[name] for name in settings if name != "objective"
-        }
-
-
-def test_everyone_has_the_same_grid_of_settings_that_exist():
-    rows = compare.grid_rows()
-    for objective, (name, _) in compare.GRID.items():
-        own = [s for s in rows.values() if s["objective"] == objective]
-        assert len(own) == 9 and len({(s[name], s["lr"]) for s in own}) == 9
-        for settings in own:
-            resolve(Config(**settings))
-
-
 def test_every_objective_that_trains_is_compared_at_its_default_strength():
     trained = {name for name, row in OBJECTIVES.items() if row.loss}
     for quick in (True, False):
@@ -207,11 +186,7 @@ def test_every_objective_that_trains_is_compared_at_its_default_strength():
             at_default |= {objective} if strengths == own else set()
         assert at_default == trained
     assert len(compare.compare_rows(True)) == len(trained)
+    name, values = compare.LADDERS["lire"]
+    place = values.index(OBJECTIVES["lire"].defaults[name])
     whole = [row for row in compare.compare_rows(False) if row.startswith("lire, ")]
-    assert whole == ["lire, temperature 1", "lire, temperature 2", "lire, temperature 4"]
-
-
-def test_the_grid_is_of_one_seed_with_settings_of_its_own():
-    for wrong in ({"quick": True}, {"evolve": 1}, {"seeds": 2}):
-        with pytest.raises(ConfigError, match="--grid is of one seed"):
-            compare.main(grid=True, **wrong)
+    assert whole == [f"lire, {name} {value:g}" for value in values[place - 1 : place + 2]]

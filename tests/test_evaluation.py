@@ -136,6 +136,16 @@ def test_pi_star_and_v_star_are_those_of_the_objectives_own_strength():
     optimum, values = (f(ref_logps, rewards, 0.5) for f in (dro.optimal_logps, dro.optimal_value))
     kl = dro.kl_divergence(optimum, ref_logps).mean().item()
     assert metrics["kl_from_optimum"] == pytest.approx(kl, rel=1e-5)
+    with torch.no_grad():
+        state.policy.wpe.weight.add_(0.2 * torch.randn(state.policy.wpe.weight.shape))
+    c = dataclasses.replace(c, eval_samples=400, tau=1.0)
+    exact, sampled = (
+        evaluation.evaluate_task(
+            c, world, state.policy, reference, examples, "x", state, enumerated=enumerated
+        )[0]["kl_from_optimum"]
+        for enumerated in (True, False)
+    )
+    assert exact > 0.1 and sampled == pytest.approx(exact, rel=0.25)
     assert metrics["optimum_kl"] == pytest.approx(kl, rel=1e-5) and kl > 0.1
     assert picture["optimal_value"] == pytest.approx(values.tolist())
     error = (torch.tensor(picture["value"]) - values).abs().mean().item()

@@ -1,0 +1,81 @@
+"""The grid that the defaults come from: its search, its rows, what it writes."""
+
+import json
+
+import pytest
+from helpers import ROOT
+
+from experiments import compare, grid
+from harness.config import Config, resolve
+from objectives import OBJECTIVES
+
+TRAINED = {name for name, row in OBJECTIVES.items() if row.loss}
+
+
+def metrics(reward, **alarms):
+    known = {name: 1.0 for name in compare.COLUMNS} | {"collapsed": False}
+    return known | {"policy_reward": reward} | alarms
+
+
+def test_everyone_begins_with_the_same_nine_rows_of_settings_that_exist():
+    assert set(compare.LADDERS) == TRAINED
+    for objective, (_, values) in compare.LADDERS.items():
+        assert len(values) == len(compare.LADDERS["lire"][1]) and len(set(values)) == len(values)
+        places = grid.first_places(objective)
+        assert len(set(places)) == 9 and places == grid.first_places("lire")
+        for place in places:
+            resolve(Config(**grid.settings_of(objective, place)))
+            assert grid.settings_of(objective, place)["lr"] == grid.RATES[place[0]]
+
+
+def test_the_search_goes_on_beside_the_best_row_until_nothing_beside_it_is_new():
+    tried = {place: metrics(0.0) for place in grid.first_places("dpo")}
+    (i, j) = corner = max(tried)
+    tried[corner] = metrics(5.0)
+    assert grid.best_place(tried) == corner
+    assert grid.beside_the_best("dpo", tried) == [(i + 1, j), (i, j + 1)]
+    tried[i + 1, j], tried[i, j + 1] = metrics(9.0, collapsed=True), {"failed": "loss is inf"}
+    assert grid.best_place(tried) == corner and grid.beside_the_best("dpo", tried) == []
+
+
+def test_the_search_ends_at_the_end_of_a_ladder():
+    last = len(grid.RATES) - 1, len(compare.LADDERS["dpo"][1]) - 1
+    assert grid.beside_the_best("dpo", {last: metrics(1.0), (0, 0): metrics(0.0)}) == [
+        (last[0] - 1, last[1]),
+        (last[0], last[1] - 1),
+    ]
+
+
+def test_it_climbs_to_the_best_row_and_writes_what_it_tried(monkeypatch, tmp_path):
+    """With made-up rewards: a hill whose top is at the highest rate and the weakest penalty."""
+    asked = []
+
+    def plane(configs, split, samples):
+        (c,) = configs.values()
+        name, values = compare.LADDERS[c.objective]
+        reward = grid.RATES.index(c.lr) + values.index(getattr(c, name))
+        return {"": metrics(float(reward))}, [], metrics(0.0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grid, "LADDERS", {"dro": compare.LADDERS["dro"]})
+    monkeypatch.setattr(grid, "run_cells", lambda cells, jobs: asked.extend(cells))
+    monkeypatch.setattr(grid, "plane", plane)
+    best = grid.main()
+    assert best == {"dro": {"objective": "dro", "tau": 0.02, "lr": grid.RATES[-1]}}
+    assert len(asked) == len({(c.tau, c.lr) for c in asked}) > 9
+    assert {c.evolve for c in asked} == {None}  # rounds as the objective has them
+    written = json.loads((tmp_path / "results" / "grid.json").read_text())
+    assert written["command"] == "python -m experiments.grid"
+    assert len(written["results"]["rows"]) == len(asked) and written["results"]["best"] == best
+    (star,) = [row for row in written["results"]["rows"] if row.endswith(" *")]
+    assert star == "dro, tau 0.02, lr 0.008 *"
+    assert star in (tmp_path / "results" / "grid.txt").read_text()
+
+
+def test_the_defaults_are_the_best_of_the_grid():
+    best = json.loads((ROOT / "results" / "grid.json").read_text())["results"]["best"]
+    assert set(best) == TRAINED
+    for objective, settings in best.items():
+        defaults = OBJECTIVES[objective].defaults
+        for name in settings.keys() - {"objective"}:
+            assert settings[name] == pytest.approx(defaults[name]), (objective, name)
