@@ -294,8 +294,8 @@ class Objective(NamedTuple):
     reward_norm: tuple[str, ...] = ("none", "global")
     # The option that scales its log-ratio in the log.
     strength: str | None = None
-    # Rounds, on a task.
-    evolve: int = 5
+    # Rounds, on a task; 1 is offline, on samples of the reference.
+    evolve: int = 1
     # Why its options don't go together; empty where they do.
     conflict: Callable[[Any], str] = lambda c: ""
     # What the rewards of a file decide; ValueError where rewards teach nothing.
@@ -326,8 +326,9 @@ NEEDS = {
 OBJECTIVES = {
     "lire": Objective(
         lire_objective,
-        {"lr": 1e-3, "temperature": 4.0, "score": "sum", "sft_weight": 0.1},
+        {"lr": 2e-3, "temperature": 16.0, "score": "sum", "sft_weight": 0.1},
         {"lists"},
+        evolve=10,
         reward_norm=("softmax", "zscore", "global", "none"),
         metrics=lire_metrics,
         warning=lire_warning,

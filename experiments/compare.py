@@ -37,7 +37,7 @@ from objectives import OBJECTIVES
 from train import Config
 
 # What sets the strength of an objective, and its values, weak KL penalty last: experiments.grid
-# goes up and down these ladders. The objectives that are not here have no such option.
+# goes up and down these ladders. Others have their own strength option, at its default.
 LADDERS = {
     "lire": ("temperature", (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
     "dro": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
@@ -66,10 +66,10 @@ def compare_rows(quick: bool) -> dict[str, dict]:
     for objective, row in OBJECTIVES.items():
         if row.loss is None:
             continue
-        if objective not in LADDERS:
+        name, values = LADDERS.get(objective, (row.strength, ()))
+        if name is None:
             rows[objective] = {"objective": objective}
             continue
-        name, values = LADDERS[objective]
         default = row.defaults[name]
         if not quick and objective in SHOWN_WHOLE and default in values:
             place = values.index(default)

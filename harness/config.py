@@ -105,11 +105,11 @@ class Config:
 
 ON_TASKS = {
     "vocab_size": 512,
-    "reference_steps": 600,
-    "reference_lr": 4e-3,
+    "reference_steps": 500,
+    "reference_lr": 3e-3,
     "candidates": 8,
-    "steps": 400,
-    "eval_prompts": 64,
+    "steps": 250,
+    "eval_prompts": 48,
     "eval_samples": 64,
 }
 ON_EVERY_RUN = {"lr", "evolve", "reward_norm", *ON_TASKS}

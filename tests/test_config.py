@@ -186,7 +186,8 @@ def test_defaults_are_those_of_the_objective_the_data_and_the_task_and_giving_on
     assert resolve(Config(task="dialogue")).reference_lr == config.ON_TASKS["reference_lr"]
     c = resolve(Config(data=["x.jsonl"]))
     assert (c.evolve, c.vocab_size, c.candidates) == (0, 1024, None)
-    assert resolve(Config()).evolve == OBJECTIVES["lire"].evolve == 5
+    assert resolve(Config()).evolve == OBJECTIVES["lire"].evolve == 10
+    assert {row.evolve for name, row in OBJECTIVES.items() if name != "lire"} == {1}  # offline
     c = resolve(Config(task="summary", reference_lr=1e-5, evolve=1, lr=0.5))
     assert (c.reference_lr, c.evolve, c.lr) == (1e-5, 1, 0.5)
 
@@ -375,7 +376,7 @@ def test_a_resumed_run_takes_its_settings_and_refuses_others(finished):
     folder, _ = finished
     c = command_line(["--resume", str(folder), "--device", "auto"])
     assert (c.resume, c.out, c.steps, c.device) == (str(folder), str(folder), 12, "cpu")
-    with pytest.raises(ConfigError, match="lr: 0.001 there, 0.01 here"):
+    with pytest.raises(ConfigError, match="lr: 0.002 there, 0.01 here"):
         command_line(["--resume", str(folder), "--lr", "0.01"])
     with pytest.raises(ConfigError, match="leave --out away"):
         command_line(["--resume", str(folder), "--out", "elsewhere"])
