@@ -369,7 +369,7 @@ def test_help_names_every_option_its_choices_and_who_has_which_default(capsys):
     assert "synthetic world: dialogue, summary, tiny (default dialogue)" in text
     assert "(default 0.03 dpo, ipo; 0.3 pl-dpo; 1.0 kto)" in text  # --beta
     assert "(default 512; 1024 files)" in text  # --vocab-size
-    assert "its peak learning rate (default 0.004; 0.002 summary)" in text  # --reference-lr
+    assert "its peak learning rate (default 0.003; 0.002 summary)" in text  # --reference-lr
 
 
 def test_a_resumed_run_takes_its_settings_and_refuses_others(finished):
