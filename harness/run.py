@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -191,6 +192,8 @@ def restore(state: Any, checkpoint: dict) -> None:
     try:
         for name in PLAIN:
             setattr(state, name, checkpoint[name])
+        if state.generated is not None:
+            state.generated = nested(*state.generated)
         state.policy.load_state_dict(checkpoint["policy"])
         if state.value_network:
             state.value_network.load_state_dict(checkpoint["value"])
@@ -201,6 +204,22 @@ def restore(state: Any, checkpoint: dict) -> None:
                 raise ValueError("its optimizer is of another size")
     except Exception as e:
         raise ConfigError(f"the checkpoint does not fit this run ({reason_of(e)})") from None
+
+
+def flat(lists: list[list[list[int]]]) -> list[Tensor]:
+    """Responses [[ids, ...], ...], M of each prompt, as two tensors, which are saved in no time.
+
+    Returns: all ids in one row; the lengths [prompts, M].
+    """
+    ids = [token for responses in lists for response in responses for token in response]
+    lengths = [[len(response) for response in responses] for responses in lists]
+    return [torch.tensor(ids, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)]
+
+
+def nested(ids: Tensor, lengths: Tensor) -> list[list[list[int]]]:
+    """What `flat` was given."""
+    tokens = iter(ids.tolist())
+    return [[list(itertools.islice(tokens, n)) for n in row] for row in lengths.tolist()]
 
 
 # ------------------------------------------------------------------------------------ while it runs
@@ -257,6 +276,8 @@ class Run:
     def save(self, state: Any) -> None:
         """out/<run>/checkpoint.pt: all that a train.State needs to go on to the same bits."""
         checkpoint = {name: getattr(state, name) for name in PLAIN}
+        if state.generated is not None:
+            checkpoint["generated"] = flat(state.generated)
         checkpoint["policy"] = state.policy.state_dict()
         checkpoint["optimizer"] = state.optimizer.state_dict()
         if state.value_network:

@@ -16,6 +16,7 @@ import train
 from harness.config import Config, resolve
 from harness.pool import make_world
 from harness.reference import new_model
+from harness.run import nested
 from objectives import OBJECTIVES
 
 ROOT = Path(train.__file__).parent
@@ -116,6 +117,11 @@ def write(folder, *lines, name="lists.jsonl") -> str:
 
 def checkpoint(folder) -> dict:
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def generated(folder) -> list:
+    """The responses of the last round, [[ids, ...], ...] of its prompts."""
+    return nested(*checkpoint(folder)["generated"])
 
 
 def weights(folder) -> dict:

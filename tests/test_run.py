@@ -24,6 +24,7 @@ from helpers import (
     checkpoint,
     failing,
     flags,
+    generated,
     log,
     same,
     small,
@@ -312,7 +313,7 @@ def test_a_run_that_is_asked_to_stop_saves_the_step_it_is_in(tmp_path, monkeypat
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_difference(finished):
     folder, _ = finished
-    with pytest.raises(ConfigError, match="temperature: 4.0 there, 1.0 here"):
+    with pytest.raises(ConfigError, match="temperature: 16.0 there, 1.0 here"):
         train.main(small(folder, resume=str(folder), temperature=1.0))
     with pytest.raises(ConfigError, match="holds a run already"):
         train.main(small(folder))
@@ -386,8 +387,8 @@ def without_costs(metrics):
 def test_candidates_and_ties_of_each_pool_are_in_the_log_and_of_the_last_in_the_metrics(finished):
     folder, metrics = finished
     c, world, _ = untrained()
-    generated = checkpoint(folder)["generated"]
-    lists = [(e.prompt, ids) for e, ids in zip(world.rounds[1], generated, strict=True)]
+    pairs = zip(world.rounds[1], generated(folder), strict=True)
+    lists = [(e.prompt, ids) for e, ids in pairs]
     rewards = [reward_list(world, prompt, ids) for prompt, ids in lists]
     assert len(lists) == 6 * 4 and {len(ids) for _, ids in lists} == {8}
     distinct = sum(len({tuple(one) for one in ids}) / 8 for _, ids in lists) / len(lists)
@@ -790,3 +791,10 @@ def test_lire_needs_a_list_with_unlike_rewards(tmp_path):
     rows = [{**row, "rewards": [float(i)] * len(row["rewards"])} for i, row in enumerate(LISTS)]
     with pytest.raises(ConfigError, match="nothing to compare"):
         train.main(small(tmp_path / "run", data=[write(tmp_path, *rows)]))
+
+
+def test_responses_are_saved_flat_and_come_back_as_they_were():
+    lists = [[[5, 6, 9], []], [[9], [7, 9]]]
+    ids, lengths = run.flat(lists)
+    assert ids.tolist() == [5, 6, 9, 9, 7, 9] and lengths.tolist() == [[3, 0], [1, 2]]
+    assert run.nested(ids, lengths) == lists and run.nested(*run.flat([])) == []

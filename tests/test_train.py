@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import LISTS, checkpoint, log, loop_state, same, small, weights, write
+from helpers import LISTS, generated, log, loop_state, same, small, weights, write
 
 import data
 import model
@@ -79,9 +79,9 @@ def test_iterate_passes_over_a_smaller_pool_more_often(tmp_path):
     sizes = {}
     for iterate in (1, 2):
         train.main(small(tmp_path / f"{iterate}", iterate=iterate, steps=8, evolve=1, batch_size=4))
-        generated = checkpoint(tmp_path / f"{iterate}")["generated"]
-        assert all(generated)
-        sizes[iterate] = len(generated)
+        lists = generated(tmp_path / f"{iterate}")
+        assert all(lists)
+        sizes[iterate] = len(lists)
     assert sizes == {1: 32, 2: 16}
 
 
