@@ -88,7 +88,7 @@ class Config:
     steps: int | None = option(None, "optimiser steps in all, over all rounds")
     batch_size: int = option(16, "B, prompts a step", positive=True)
     lr: float | None = option(
-        None, "peak learning rate; warm-up 3 %, then linear to 0", positive=True
+        None, "peak learning rate, of a t5 half; warm-up 3 %, then linear to 0", positive=True
     )
     clip: float = option(1.0, "gradient norm, of each network by itself", positive=True)
     eval_prompts: int | None = option(None, "prompts of each evaluation split", positive=True)
@@ -117,9 +117,13 @@ ON_EVERY_RUN |= {f.name for f in dataclasses.fields(Config) if f.default is not 
 ON_FILES = {**ON_TASKS, "vocab_size": 1024, "reference_steps": 300, "candidates": None}
 
 
+T5_RATE = 0.5  # of a GPT's --lr: at the whole, LIRE's policy leaves the language (KL 20)
+
+
 def run_defaults(config: Config) -> dict[str, Any]:
     """The defaults that depend on objective and data, for options that are None."""
     objective = OBJECTIVES[config.objective].run_defaults()
+    objective["lr"] *= T5_RATE if config.model == "t5" else 1
     if config.data:  # a file has no reward for new samples
         return ON_FILES | objective | {"evolve": 0}
     return ON_TASKS | objective | TASKS[config.task].defaults

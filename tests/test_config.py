@@ -439,3 +439,9 @@ def test_a_config_nested_almost_too_deep_is_refused_like_any_other(tmp_path):
 
 def test_flags_and_config_are_the_same_settings(tmp_path):
     assert command_line(flags(tmp_path, seed=5)) == small(str(tmp_path), seed=5)
+
+
+def test_the_default_rate_of_a_t5_is_half_that_of_a_gpt_and_a_given_one_is_as_given():
+    rate = lambda **own: resolve(Config(**own)).lr
+    assert rate(model="t5") == rate() / 2 == OBJECTIVES["lire"].defaults["lr"] / 2
+    assert rate(model="t5", lr=3e-4) == 3e-4
