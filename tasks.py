@@ -215,7 +215,11 @@ def dialogue() -> Task:
         for i, thing in enumerate(things)
         for j, place in enumerate(NEW_PLACES)
     ]
-    return Task("dialogue", train, heldout, ood, answers, reward, max_response=32)
+
+    def breakdown(prompt, response):
+        return {"broken": float(reward(prompt, response) == 0)}
+
+    return Task("dialogue", train, heldout, ood, answers, reward, 32, breakdown)
 
 
 # ------------------------------------------------------------------------------------------ summary

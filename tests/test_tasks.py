@@ -215,6 +215,12 @@ def test_the_best_answers_of_dialogue_are_many_and_some_are_long():
     assert reward("hot. It was rich. It was fresh") == 8.7
 
 
+def test_dialogue_tells_the_broken_answers_apart():
+    task, soup = TASK["dialogue"], "How was the Ashford soup?"
+    assert task.breakdown(soup, "The Ashford soup was very bad.") == {"broken": 0.0}
+    assert task.breakdown(soup, "The Ashford soup was very.") == {"broken": 1.0}
+
+
 POST = (
     "We went to Ashford. There is a fair. We missed the zoo. We saw the market. "
     "Thanks for reading. There is no school. TL;DR:"
