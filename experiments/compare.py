@@ -40,13 +40,13 @@ from train import Config
 # goes up and down these ladders. Others have their own strength option, at its default.
 LADDERS = {
     "lire": ("temperature", (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)),
-    "dro": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
-    "dro-p": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
-    "rwr": ("tau", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
-    "kto": ("beta", (10.0, 5.0, 2.0, 1.0, 0.5, 0.2)),
-    "dpo": ("beta", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
-    "ipo": ("beta", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
-    "pl-dpo": ("beta", (2.0, 1.0, 0.5, 0.2, 0.1, 0.05)),
+    "dro": ("tau", (5.0, 2.0, 1.0, 0.5, 0.2, 0.1)),
+    "dro-p": ("tau", (5.0, 2.0, 1.0, 0.5, 0.2, 0.1)),
+    "rwr": ("tau", (2.0, 1.0, 0.5, 0.2, 0.1, 0.05)),
+    "kto": ("beta", (20.0, 10.0, 5.0, 2.0, 1.0, 0.5)),
+    "dpo": ("beta", (5.0, 2.0, 1.0, 0.5, 0.2, 0.1)),
+    "ipo": ("beta", (5.0, 2.0, 1.0, 0.5, 0.2, 0.1)),
+    "pl-dpo": ("beta", (10.0, 5.0, 2.0, 1.0, 0.5, 0.2)),
     # RRHF's paper has 1, of a sum; here it is of a mean over about 15 tokens.
     "rrhf": ("sft_weight", (200.0, 100.0, 50.0, 20.0, 10.0, 5.0)),
     "slic": ("sft_weight", (20.0, 10.0, 5.0, 2.0, 1.0, 0.5)),

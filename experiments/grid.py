@@ -2,12 +2,12 @@
 
     python -m experiments.grid        an hour on two cores
 
-Every objective begins with the same 3 rates x 3 strengths, the middle of RATES and of its ladder
-(experiments.compare), and goes on from its best row to the rows beside it, until none of them is
-better: so a best row has neighbours on all sides, or is at the end of a ladder. Judged by the
-reward of its samples on training prompts, each policy with the reference alone; rows that failed or
-collapsed are out. One seed, 200 updates, rounds as the objective has them by default. Writes
-results/grid.json, .csv, .txt.
+Every objective begins in the middle of RATES and of its ladder (experiments.compare), with the
+rows beside that (one rate or one strength away), and goes on from its best row to the rows beside
+it, until none is better: so a best row has neighbours on all sides, or is at the end of a ladder.
+Judged by the reward of its samples on training prompts, each policy with the reference alone; rows
+that failed or collapsed are out. One seed, 200 updates, rounds as the objective has them by
+default. Writes results/grid.json, .csv, .txt.
 """
 
 import argparse
@@ -28,10 +28,18 @@ def settings_of(objective: str, place: Place) -> dict:
     return {"objective": objective, name: values[place[1]], "lr": RATES[place[0]]}
 
 
+def beside(objective: str, place: Place) -> list[Place]:
+    """The rows one rate or one strength away, where there are such."""
+    i, j = place
+    sizes = len(RATES), len(LADDERS[objective][1])
+    around = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+    return [row for row in around if all(0 <= k < size for k, size in zip(row, sizes))]
+
+
 def first_places(objective: str) -> list[Place]:
-    """The 3 x 3 rows in the middle."""
-    rate, strength = len(RATES) // 2, len(LADDERS[objective][1]) // 2
-    return [(rate + i, strength + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    """The row in the middle and those beside it."""
+    middle = len(RATES) // 2, len(LADDERS[objective][1]) // 2
+    return [middle, *beside(objective, middle)]
 
 
 def score(metrics: dict) -> float:
@@ -47,14 +55,7 @@ def best_place(tried: dict[Place, dict]) -> Place:
 
 def beside_the_best(objective: str, tried: dict[Place, dict]) -> list[Place]:
     """The rows beside the best one that have not been tried; none where the search is over."""
-    i, j = best_place(tried)
-    beside = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
-    sizes = len(RATES), len(LADDERS[objective][1])
-    return [
-        place
-        for place in beside
-        if place not in tried and all(0 <= k < size for k, size in zip(place, sizes))
-    ]
+    return [place for place in beside(objective, best_place(tried)) if place not in tried]
 
 
 def main(task: str = "dialogue", jobs: int = 0) -> dict[str, dict]:

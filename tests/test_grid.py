@@ -17,12 +17,12 @@ def metrics(reward, **alarms):
     return known | {"policy_reward": reward} | alarms
 
 
-def test_everyone_begins_with_the_same_nine_rows_of_settings_that_exist():
+def test_everyone_begins_with_the_same_five_rows_of_settings_that_exist():
     assert set(compare.LADDERS) == TRAINED
     for objective, (_, values) in compare.LADDERS.items():
         assert len(values) == len(compare.LADDERS["lire"][1]) and len(set(values)) == len(values)
         places = grid.first_places(objective)
-        assert len(set(places)) == 9 and places == grid.first_places("lire")
+        assert len(set(places)) == 5 and places == grid.first_places("lire")
         for place in places:
             resolve(Config(**grid.settings_of(objective, place)))
             assert grid.settings_of(objective, place)["lr"] == grid.RATES[place[0]]
@@ -30,12 +30,13 @@ def test_everyone_begins_with_the_same_nine_rows_of_settings_that_exist():
 
 def test_the_search_goes_on_beside_the_best_row_until_nothing_beside_it_is_new():
     tried = {place: metrics(0.0) for place in grid.first_places("dpo")}
-    (i, j) = corner = max(tried)
-    tried[corner] = metrics(5.0)
-    assert grid.best_place(tried) == corner
-    assert grid.beside_the_best("dpo", tried) == [(i + 1, j), (i, j + 1)]
+    (i, j) = edge = max(tried)  # the highest rate, the middle strength
+    tried[edge] = metrics(5.0)
+    assert grid.best_place(tried) == edge
+    assert grid.beside_the_best("dpo", tried) == [(i + 1, j), (i, j - 1), (i, j + 1)]
     tried[i + 1, j], tried[i, j + 1] = metrics(9.0, collapsed=True), {"failed": "loss is inf"}
-    assert grid.best_place(tried) == corner and grid.beside_the_best("dpo", tried) == []
+    tried[i, j - 1] = metrics(4.0)
+    assert grid.best_place(tried) == edge and grid.beside_the_best("dpo", tried) == []
 
 
 def test_the_search_ends_at_the_end_of_a_ladder():
@@ -61,14 +62,14 @@ def test_it_climbs_to_the_best_row_and_writes_what_it_tried(monkeypatch, tmp_pat
     monkeypatch.setattr(grid, "run_cells", lambda cells, jobs: asked.extend(cells))
     monkeypatch.setattr(grid, "plane", plane)
     best = grid.main()
-    assert best == {"dro": {"objective": "dro", "tau": 0.02, "lr": grid.RATES[-1]}}
-    assert len(asked) == len({(c.tau, c.lr) for c in asked}) > 9
+    assert best == {"dro": {"objective": "dro", "tau": 0.1, "lr": grid.RATES[-1]}}
+    assert len(asked) == len({(c.tau, c.lr) for c in asked}) > 5
     assert {c.evolve for c in asked} == {None}  # rounds as the objective has them
     written = json.loads((tmp_path / "results" / "grid.json").read_text())
     assert written["command"] == "python -m experiments.grid"
     assert len(written["results"]["rows"]) == len(asked) and written["results"]["best"] == best
     (star,) = [row for row in written["results"]["rows"] if row.endswith(" *")]
-    assert star == "dro, tau 0.02, lr 0.008 *"
+    assert star == "dro, tau 0.1, lr 0.008 *"
     assert star in (tmp_path / "results" / "grid.txt").read_text()
 
 
