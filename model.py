@@ -3,7 +3,8 @@
 Both models read a prompt once, and score or sample M responses of it:
 
     model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]
-    model.hidden(prompt_ids, prompt_mask, response_ids) -> [B, M, R, D]   what the head reads
+    model.hidden(prompt_ids, prompt_mask, response_ids, response_mask=None)
+                                                        -> [B, M, R, D]   what the head reads
     model.encode(prompt_ids, prompt_mask)               -> [B, S, D]      the prompt's own states
     response_logps(model, batch)                        -> [B, M]         log pi(response | prompt)
     sample(model, prompt_ids, prompt_mask, M, ...)      -> response_ids, response_mask [B, M, R]

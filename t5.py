@@ -188,7 +188,8 @@ class T5(nn.Module):
 
         The decoder reads the start token, and the response without its last token.
 
-        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R].
+        Args: prompt_ids, prompt_mask [B, S], at least one real token a row; response_ids [B, M, R];
+            response_mask: not read, padding is computed like the rest.
         Returns: [B, M, R, D].
         """
         B, M, R = response_ids.shape

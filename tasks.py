@@ -1,12 +1,13 @@
 """Three synthetic worlds with an exact reward: dialogue, summary and tiny.
 
-    make_task("dialogue", seed=0) -> Task      prompts, logged responses, reward(prompt, response)
+    make_task("dialogue", seed=0) -> Task     prompts, logged responses, reward(prompt, response)
 
 A world hands out its training prompts and their logged answers by index, so dialogue and summary
 are too large to memorise. Prompts and reward are always the same; the logged answers, of mixed
 quality, are drawn anew for every seed. A new task is one function and one row of TASKS.
 """
 
+import bisect
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -155,11 +156,13 @@ def dialogue() -> Task:
     twenty is spoilt.
     """
     things, subjects = list(SENTIMENT), len(OLD_PLACES) * len(SENTIMENT)
+    every = subjects * len(QUESTIONS)
+    held_out = sorted(random.Random(0).sample(range(every), 300))
+    before = [index - k for k, index in enumerate(held_out)]  # training prompts before each
 
     def prompt(index):
-        # 136,463 has no divisor in common with the number of questions: each is asked once.
-        number = 136_463 * index % (subjects * len(QUESTIONS))
-        which, subject = divmod(number, subjects)
+        # 136,463 has no divisor in common with `every`: each question is asked once.
+        which, subject = divmod(136_463 * index % every, subjects)
         thing, place = divmod(subject, len(OLD_PLACES))
         return QUESTIONS[which].format(f"{OLD_PLACES[place]} {things[thing]}")
 
@@ -208,8 +211,8 @@ def dialogue() -> Task:
     def answers(prompt, rng):
         return [answer(*subject_of(prompt), rng) for _ in range(4)]
 
-    train = ByIndex(subjects * len(QUESTIONS) - 300, prompt)
-    heldout = [prompt(len(train) + i) for i in range(300)]
+    train = ByIndex(every - 300, lambda index: prompt(index + bisect.bisect_right(before, index)))
+    heldout = [prompt(index) for index in held_out]
     ood = [
         QUESTIONS[(i + j) % len(QUESTIONS)].format(f"{place} {thing}")
         for i, thing in enumerate(things)
@@ -372,7 +375,7 @@ class TaskRow(NamedTuple):
 
 TASKS = {
     "dialogue": TaskRow(dialogue),
-    # Copying out of a post of 70 tokens takes longer to learn.
+    # Copying out of a post of 70 tokens takes longer, and half the rate, to learn.
     "summary": TaskRow(summary, {"reference_lr": 2e-3, "reference_steps": 800, "steps": 400}),
     "tiny": TaskRow(tiny, unread=("vocab_size",)),
 }

@@ -299,7 +299,8 @@ def main(
         compare_rows(quick),
         {"task": task, "model": model, **(QUICK if quick else COMMON)},
     )
-    if evolve:
+    other = evolve is not None and evolve != common["evolve"]
+    if other:
         common["evolve"] = evolve
     configs = [
         {row: Config(**common, **settings, seed=seed) for row, settings in rows.items()}
@@ -311,16 +312,16 @@ def main(
         raise ConfigError("every cell of a seed has failed: look into out/cells/*.log")
     results = {
         "settings": common
-        | {"seeds": seeds, "lr": {o: OBJECTIVES[o].defaults["lr"] for o in LADDERS}},
+        | {"seeds": seeds, "lr": {row: resolve(c).lr for row, c in configs[0].items()}},
         "reference": [reference for _, _, reference in planes],
         "rows": {row: [m.get(row, {"failed": True}) for m, _, _ in planes] for row in rows},
         "frontiers": [curve for _, curve, _ in planes],
     }
     words = ["compare", *(word for word in (task, model) if word not in ("dialogue", "gpt"))]
-    words += [f"evolve{evolve}"] * bool(evolve) + ["quick"] * quick
+    words += [f"evolve{evolve}"] * other + ["quick"] * quick
     options = ["--quick"] * quick
     options += [f"--task {task}"] * (task != "dialogue") + [f"--model {model}"] * (model != "gpt")
-    options += [f"--evolve {evolve}"] * bool(evolve) + [f"--seeds {seeds}"] * (seeds != usual)
+    options += [f"--evolve {evolve}"] * other + [f"--seeds {seeds}"] * (seeds != usual)
     path = Path("results") / "-".join(words)
     write_results(path.name, " ".join(["python -m experiments.compare", *options]), results)
     Path(f"{path}.csv").write_text(as_csv(results))

@@ -163,6 +163,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one case alone")
+    parser.add_argument("--quick", action="store_true", help="two cases alone")
     parser.add_argument("--jobs", type=int, default=0, help="cases at a time (0: one a core)")
     run_script("exact", lambda: main(**vars(parser.parse_args())))

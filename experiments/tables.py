@@ -75,8 +75,8 @@ TABLES = {
         LIRE_COLUMNS,
         5,
         {
-            "defaults (T 4, lr 1e-3, sft_weight 0.1)": {},
-            "T 4, lr 1e-3, sft_weight 0": {"sft_weight": 0.0},
+            "defaults (T 16, lr 1e-3, sft_weight 0.1)": {},
+            "T 16, lr 1e-3, sft_weight 0": {"sft_weight": 0.0},
             "T 2, lr 5e-4, sft_weight 0.1": AUTHORS,
             "T 2, lr 5e-4, sft_weight 0": {**AUTHORS, "sft_weight": 0.0},
         },

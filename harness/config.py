@@ -160,6 +160,8 @@ def resolve(config: Config) -> Config:
     defaults = run_defaults(config)
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     c = dataclasses.replace(config, **missing)
+    if config.evolve is None:  # a round has an update at least
+        c = dataclasses.replace(c, evolve=min(c.evolve, max(c.steps, 1)))
 
     # Values that don't go together.
     if c.reward_norm not in row.reward_norm:
@@ -178,6 +180,10 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
             "function: leave it at 0"
+        )
+    if c.evolve > max(c.steps, 1):
+        raise ConfigError(
+            f"--evolve {c.evolve}: every round needs an update, and --steps is {c.steps}"
         )
     if c.eval_data and not c.data:
         raise ConfigError("--eval-data goes with --data")

@@ -27,17 +27,13 @@ class World:
     max_response: int
     ranks: dict | None = None  # of enc; None for gpt2
     logged: list[Example] = ()  # the reference is trained on
+    train: list[Example] = ()  # prompts of a task that the policy reads first, to look at it there
     # Of a task the prompts of each round, with --evolve 0 logged lists; of files, their lists.
     rounds: list[list[Example]] = ()
     heldout: list[Example] = ()  # held-out lists of a file, or prompts of a task
     ood: list[Example] = ()  # prompts about subjects never trained on
     fingerprint: str = ""  # sha256 over what the reference learns from, and a file's held-out lists
     rounds_fingerprint: str = ""  # sha256 over what the rounds are handed
-
-    @property
-    def train(self) -> list[Example]:
-        """Prompts that the policy is trained on: those of the first round."""
-        return self.rounds[0] if self.rounds else []
 
 
 MOST_LISTS = 200_000  # of a task, in memory for the reference; beyond that it reads some again
@@ -50,7 +46,7 @@ def make_world(c: Config) -> World:
     """
     if c.data:
         task, (records, heldout) = None, load_files(c)
-        rounds = [records]
+        rounds, first = [records], []
     else:
         task, heldout = data.make_task(c.task, c.seed), []
         # First what the reference reads, each list once; then what each round does.
@@ -59,6 +55,7 @@ def make_world(c: Config) -> World:
             task.logged(start, n) if not c.evolve else unanswered(task.prompts("train", start, n))
             for start, n in round_prompts(c, len(records), len(task.train))
         ]
+        first = task.prompts("train", len(records), min(1000, len(task.train)))
 
     # The tokenizer: tiktoken's own, the task's words, or a BPE trained on the run's own text.
     ranks = None
@@ -90,6 +87,7 @@ def make_world(c: Config) -> World:
         ranks=ranks,
         task=task,
         logged=logged,
+        train=tokens(unanswered(first)),
         rounds=[tokens(lists) for lists in rounds] if task else [logged],
         heldout=tokens(unanswered(task.heldout) if task else heldout),
         ood=tokens(unanswered(task.ood)) if task else [],
@@ -188,7 +186,7 @@ def with_responses(examples: list[Example], lists: list) -> list[Example]:
     """The prompts of `examples` with other responses: token ids, not rewarded or scored yet."""
     return [
         dataclasses.replace(e, response_ids=ids, rewards=[0.0] * len(ids), ref_logps=None)
-        for e, ids in zip(examples, lists)
+        for e, ids in zip(examples, lists, strict=True)
     ]
 
 
@@ -229,12 +227,13 @@ def score_lists(
     """log pi of every response of every example."""
     # The same response to a prompt is scored once; lists of like size share a batch.
     distinct = [[*dict.fromkeys(map(tuple, e.response_ids))] for e in examples]
-    order = sorted(range(len(examples)), key=lambda index: -len(distinct[index]))
+    some = (index for index in range(len(examples)) if distinct[index])
+    order = sorted(some, key=lambda index: -len(distinct[index]))
     # Few prompts at a time, so that their logits stay in the processor's cache; more on a GPU.
     room = 1.5e6 if c.device == "cpu" else 1e8
     logps = [[]] * len(examples)
     while order:
-        M = max(1, len(distinct[order[0]]))
+        M = len(distinct[order[0]])
         size = max(1, int(room / (M * world.max_response * world.enc.n_vocab)))
         rows, order = order[:size], order[size:]
         lists = with_responses([examples[i] for i in rows], [distinct[i] for i in rows])

@@ -74,7 +74,10 @@ def test_it_climbs_to_the_best_row_and_writes_what_it_tried(monkeypatch, tmp_pat
 
 
 def test_the_defaults_are_the_best_of_the_grid():
-    best = json.loads((ROOT / "results" / "grid.json").read_text())["results"]["best"]
+    path = ROOT / "results" / "grid.json"
+    if not path.exists():
+        pytest.skip("no grid has been run with these worlds: python -m experiments.grid")
+    best = json.loads(path.read_text())["results"]["best"]
     assert set(best) == TRAINED
     for objective, settings in best.items():
         defaults = OBJECTIVES[objective].defaults

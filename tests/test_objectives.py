@@ -153,6 +153,7 @@ def test_list_objectives_add_their_share_of_the_best_response():
         ("rrhf", {"sft_weight": 1.0}, rrhf),
         ("pro", {"sft_weight": 0.05}, pro),
         ("pl-dpo", {"beta": 0.1}, ranked),
+        ("rwr", {"tau": 0.7}, [oracle.rwr_loss(s, r, 0.7) for s, _, _, r in rows]),
     ):
         assert loss_of(name, x, **own).item() == pytest.approx(np.mean(expected), rel=1e-5), name
     slic = [loss_of("slic", x, sft_weight=weight).item() for weight in (0.1, 0.0)]

@@ -190,7 +190,7 @@ BASELINE = {
 }
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "pl-dpo", "rrhf", "slic", "pro", "rwr"])
 def test_every_baseline_runs_from_nothing_and_improves_the_reward_it_trains_on(name, tmp_path):
     own = {"sft_weight": 0.0} if name in ("slic", "pro") else {}  # the ranking alone must do it
     metrics = train.main(small(tmp_path / "run", objective=name, **BASELINE, **own))

@@ -204,15 +204,23 @@ def test_the_best_answers_of_dialogue_are_many_and_some_are_long():
             different = len({word for _, word in chosen}) == clauses
             best[clauses] += different and sum(phrases[phrase] for phrase in chosen) > 2 - 1e-9
     assert best[1] == 0 and best[2] > 100 and best[3] > 10_000
+    logged = TASK["dialogue"].logged(0, 3000)
+    assert max(reward for record in logged for reward in record["rewards"]) == 5 + 2 * 2 - 0.1 * 2
     reward = lambda text: TASK["dialogue"].reward(
-        "Is the Ely soup worth it?", f"The Ely soup was {text}."
+        "Is the Elby soup hot?", f"The Elby soup was {text}."
     )
-    assert (
-        reward("very hot. It was rather fresh")
-        == 8.8
-        == max(TASK["dialogue"].logged(0, 300)[0]["rewards"] + [8.8])
-    )
+    assert reward("very hot. It was rather fresh") == 8.8
     assert reward("hot. It was rich. It was fresh") == 8.7
+
+
+def test_held_out_subjects_of_dialogue_are_met_in_training_little_by_little():
+    """No number of prompts is one at which all of them have suddenly been seen."""
+    subjects = lambda prompts: {re.search(r"the (\w+ \w+)", prompt)[1] for prompt in prompts}
+    heldout, seen = subjects(TASK["dialogue"].heldout), []
+    for count in (2_000, 10_000, 30_000):
+        met = subjects(TRAIN["dialogue"][:count])
+        seen.append(len(heldout & met) / len(heldout))
+    assert 0.05 < seen[0] < 0.2 and 0.3 < seen[1] < 0.6 and 0.7 < seen[2] < 0.97
 
 
 def test_dialogue_tells_the_broken_answers_apart():
