@@ -62,7 +62,7 @@ def test_it_writes_the_same_as_text_csv_json_and_picture(compared):
     assert content["command"] == "python -m experiments.compare --quick --task tiny"
     assert written[".txt"].read_text() == compare.table(results) + "\n"
     rows = list(csv.DictReader(io.StringIO(written[".csv"].read_text())))
-    assert [r["row"] for r in rows] == ["lire, temperature 16", "dpo, beta 0.03"]
+    assert [r["row"] for r in rows] == ["lire, temperature 16", "dpo, beta 0.5"]
     assert float(rows[0]["kl"]) == results["rows"]["lire, temperature 16"][0]["kl"]
     pytest.importorskip("matplotlib")
     assert written[".png"].stat().st_size > 10_000

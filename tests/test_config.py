@@ -32,6 +32,7 @@ from tasks import TASKS
         ("--width 30", "multiple of --heads"),
         ("--vocab-size 10", "at least 257"),
         ("--data x.jsonl --evolve 1", "no reward function"),
+        ("--steps 3 --evolve 4", "--evolve 4: every round needs an update, and --steps is 3"),
         ("--eval-data x.jsonl", "goes with --data"),
         ("--steps -3", "must not be negative"),
         ("--temperature 0", "must be positive"),
@@ -367,7 +368,7 @@ def test_help_names_every_option_its_choices_and_who_has_which_default(capsys):
         assert config.flag(f.name) in text
     assert f"what is minimised: {', '.join(OBJECTIVES)}" in text
     assert "synthetic world: dialogue, summary, tiny (default dialogue)" in text
-    assert "(default 0.03 dpo, ipo; 0.3 pl-dpo; 1.0 kto)" in text  # --beta
+    assert "(default 0.5 dpo, ipo; 1.0 pl-dpo; 2.0 kto)" in text  # --beta
     assert "(default 512; 1024 files)" in text  # --vocab-size
     assert "its peak learning rate (default 0.003; 0.002 summary)" in text  # --reference-lr
 
@@ -376,7 +377,7 @@ def test_a_resumed_run_takes_its_settings_and_refuses_others(finished):
     folder, _ = finished
     c = command_line(["--resume", str(folder), "--device", "auto"])
     assert (c.resume, c.out, c.steps, c.device) == (str(folder), str(folder), 12, "cpu")
-    with pytest.raises(ConfigError, match="lr: 0.002 there, 0.01 here"):
+    with pytest.raises(ConfigError, match="lr: 0.001 there, 0.01 here"):
         command_line(["--resume", str(folder), "--lr", "0.01"])
     with pytest.raises(ConfigError, match="leave --out away"):
         command_line(["--resume", str(folder), "--out", "elsewhere"])
@@ -445,3 +446,9 @@ def test_the_default_rate_of_a_t5_is_half_that_of_a_gpt_and_a_given_one_is_as_gi
     rate = lambda **own: resolve(Config(**own)).lr
     assert rate(model="t5") == rate() / 2 == OBJECTIVES["lire"].defaults["lr"] / 2
     assert rate(model="t5", lr=3e-4) == 3e-4
+
+
+def test_a_run_of_few_steps_has_as_many_rounds_at_most():
+    rounds = lambda **own: resolve(Config(**own)).evolve
+    assert (rounds(), rounds(steps=4), rounds(steps=0), rounds(steps=0, evolve=0)) == (10, 4, 1, 0)
+    assert rounds(steps=4, evolve=2) == 2 and rounds(steps=4, data=["x.jsonl"]) == 0

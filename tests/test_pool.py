@@ -222,7 +222,8 @@ def test_a_response_that_stands_in_a_list_more_than_once_is_scored_once(monkeypa
     c, world, model = untrained()
     one, two, three = (enumerate_responses(world)[k] for k in (3, 90, 200))
     lists = [[one, two, one, three, one], [three], [two, two], [one, three, two]]
-    examples = pool.with_responses(world.rounds[0], lists)
+    lists.insert(1, [])  # nothing to score
+    examples = pool.with_responses(world.rounds[0][:5], lists)
     scored, real = [], models.response_logps
 
     def noted(model, batch, allowed):
@@ -235,10 +236,11 @@ def test_a_response_that_stands_in_a_list_more_than_once_is_scored_once(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(pool.models, "response_logps", noted)
         scores = pool.score_lists(c, world, model, examples)
-    kinds = ([one, two, three], [three], [two], [one, two, three])
+    kinds = ([one, two, three], [], [three], [two], [one, two, three])
     expected = [(e.prompt_ids, list(ids)) for e, kind in zip(examples, kinds) for ids in kind]
     assert sorted(scored) == sorted(expected)
-    assert scores[0][0] == scores[0][2] == scores[0][4] and scores[2][0] == scores[2][1]
+    assert scores[0][0] == scores[0][2] == scores[0][4] and scores[3][0] == scores[3][1]
+    assert pool.score_lists(c, world, model, examples[1:2]) == [[]]
     for example, row in zip(examples, scores, strict=True):
         for ids, logp in zip(example.response_ids, row, strict=True):
             alone = dataclasses.replace(example, response_ids=[ids], rewards=[0.0])

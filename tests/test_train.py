@@ -44,7 +44,7 @@ def test_the_policy_starts_as_a_copy_of_the_reference():
 
 @pytest.mark.parametrize(
     "evolve, steps, starts",
-    [(2, 12, [0, 6, 12]), (3, 10, [0, 3, 7, 10]), (0, 7, [0, 7]), (1, 7, [0, 7]), (3, 2, None)],
+    [(2, 12, [0, 6, 12]), (3, 10, [0, 3, 7, 10]), (0, 7, [0, 7]), (1, 7, [0, 7]), (3, 3, None)],
 )
 def test_rounds_share_the_steps_evenly(evolve, steps, starts):
     c, *_ = loop_state(evolve=evolve, steps=steps)
