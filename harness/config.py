@@ -181,7 +181,7 @@ def resolve(config: Config) -> Config:
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
             "function: leave it at 0"
         )
-    if c.evolve > max(c.steps, 1):
+    if 0 < c.steps < c.evolve:
         raise ConfigError(
             f"--evolve {c.evolve}: every round needs an update, and --steps is {c.steps}"
         )

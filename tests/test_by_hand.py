@@ -273,7 +273,7 @@ def test_a_quick_look_is_spread_over_all_held_out_prompts(monkeypatch):
 
 def test_a_task_is_measured_on_each_of_its_splits(monkeypatch, tmp_path):
     world, seen = world_of_coins(), {}
-    world.ood, world.rounds = asked(world, *"yy"), [asked(world, *"xxxy"), asked(world, "x")]
+    world.ood, world.train = asked(world, *"yy"), asked(world, *"xxxy")
     world.heldout = [dataclasses.replace(world.heldout[0], prompt=k) for k in range(9)]
 
     def measured(c, world, policy, reference, examples, split, state=None):

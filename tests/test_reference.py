@@ -116,7 +116,7 @@ def test_the_cached_reference_is_used_verified_and_told_apart(tmp_path, capsys):
     train.main(small(tmp_path / "e", steps=2, seed=7, reference_steps=41))
     assert "the nearest one differs in seed, texts, --reference-steps" in capsys.readouterr().out
     next((tmp_path / "reference").glob("*.json")).write_text("{")  # it only serves a message
-    train.main(small(tmp_path / "f", steps=1, reference_steps=2))
+    train.main(small(tmp_path / "f", steps=2, reference_steps=2))
 
 
 def test_a_damaged_file_in_the_cache_is_trained_again(tmp_path, capsys):

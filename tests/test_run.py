@@ -709,7 +709,7 @@ def test_a_collapse_is_said_aloud_at_an_evaluation(tmp_path, monkeypatch, capsys
 
 def test_files_train_and_report_list_metrics_on_held_out_prompts(tmp_path):
     path = write(tmp_path, *LISTS)
-    metrics = train.main(small(tmp_path / "run", data=[path]))
+    metrics = train.main(small(tmp_path / "run", data=[path], lr=2e-3))
     scores = "policy_sum policy_mean policy_ratio reference_sum reference_mean longest".split()
     for name in scores:
         assert 0 <= metrics[f"top1_reward_{name}"] <= metrics["best_reward"] <= 1
