@@ -1,6 +1,6 @@
 """Align a small language model with rewards, and measure it against the optimum.
 
-    python train.py --objective lire                              the main job, 70 s on two cores
+    python train.py --objective lire                              the main job, a minute or so
     python train.py --objective dro --model t5 --task summary     another objective, model and task
     python train.py --objective lire --data lists.jsonl           your own preference lists
 

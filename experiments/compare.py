@@ -259,7 +259,8 @@ def draw(results: dict, path: Path) -> str:
         x_error, y_error = zip(*(spread for _, spread, _ in points))
         inside = [min(value, edge) for value in x]  # what is beyond the edge is drawn at it
         style = marker + ("-" if len(points) > 1 else "")
-        bars = ax.errorbar(inside, y, y_error, x_error, fmt=style, ms=6, lw=1, label=objective)
+        look = {"fmt": style, "color": plt.cm.tab20(2 * objectives.index(objective) % 19)}
+        bars = ax.errorbar(inside, y, y_error, x_error, **look, ms=6, lw=1, label=objective)
         for px, py, (mean, _, strength) in zip(inside, y, points):
             far = f" (KL {mean[0]:.0f})" if mean[0] > edge else ""
             ax.annotate(
@@ -273,7 +274,7 @@ def draw(results: dict, path: Path) -> str:
     ax.set(xlabel="KL to the reference, nats", ylabel="reward, held-out prompts")
     ax.set(xlim=(-0.02 * edge, 1.05 * edge))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return f"picture: {path}"
