@@ -33,8 +33,8 @@ SECTIONS = {
     "compare": Section(
         "Every objective offline, side by side: dialogue, held-out prompts, 3 seeds",
         "PRO, RWR and RRHF lie nearest to the optimum (0.66 to 0.72); LIRE earns most but for DRO "
-        "at tau 0.2, and spends 1.5 to 2.1 nats; DRO at tau 0.5 makes 59 % of the optimum's gain in "
-        "two seeds and runs away in the third; DPO leaves the language at a weak penalty. The "
+        "at tau 0.2, and spends 1.5 to 2.1 nats; DRO at tau 0.5 makes 59 % of the optimum's gain "
+        "in two seeds and runs away in the third; DPO leaves the language at a weak penalty. The "
         "strengths are the middle of their ladders: no grid has been run with these worlds "
         "yet.\n\n![Every objective on the reward-KL plane](compare.png)",
         compare.table,
