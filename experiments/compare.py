@@ -108,11 +108,8 @@ def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, l
         generator = rng(c.seed, "plane", split, k, device=c.device)
         lists.append(sample_lists(c, world, model, examples, samples, generator))
     drawn = [sum(of_prompt, []) for of_prompt in zip(*lists)]
-    rewards, pool, logps = (
-        reward_tensor(world, examples, drawn),
-        with_responses(examples, drawn),
-        [],
-    )
+    rewards = reward_tensor(world, examples, drawn)
+    pool, logps = with_responses(examples, drawn), []
     for state in weights:
         model.load_state_dict(state)
         logps.append(score_lists(c, world, model, pool))
@@ -296,10 +293,8 @@ def main(
     seeds = usual if seeds is None else seeds
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, got {seeds}")
-    rows, common = (
-        compare_rows(quick),
-        {"task": task, "model": model, **(QUICK if quick else COMMON)},
-    )
+    rows = compare_rows(quick)
+    common = {"task": task, "model": model, **(QUICK if quick else COMMON)}
     other = evolve is not None and evolve != common["evolve"]
     if other:
         common["evolve"] = evolve

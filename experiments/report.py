@@ -42,7 +42,7 @@ SECTIONS = {
     "grid": Section(
         "The grid that the defaults come from: learning rates and strengths, training prompts, one "
         "seed",
-        "Everyone begins with the same 3 x 3 and climbs on from its best row; the row with * has "
+        "Everyone begins with the same five rows and climbs on from its best; the row with * has "
         "most reward, and is the default of its objective.",
         compare.table,
     ),
