@@ -7,6 +7,7 @@ than pi* = pi_ref exp((r - V*) / tau), with one tau for all prompts and a normal
     tau_at_kl(ref_logps, rewards, kl)     -> tau of the optimum at this KL
     frontier_curve(log_b, rewards)        -> the whole curve, to draw
     frontier(log_b, log_w, rewards)       -> Frontier: a policy beside the optimum at its own KL
+    reported_efficiency(frontier, kl)     -> how near, where it means something
     mixture_weights(log_ratios)           -> log_b, log_w where the responses are sampled
 
 log_b and log_w are the log-weights of the responses under the reference (the base) and under the
@@ -88,6 +89,23 @@ class Frontier(NamedTuple):
     efficiency: float  # (policy - reference) / (optimal - reference)
     efficiency_se: float
     effective_sample_size: float  # of the optimum's weights, mean over prompts
+
+
+def reported_efficiency(best: Frontier, kl: float, enumerated: bool = False) -> dict[str, float]:
+    """efficiency and efficiency_se, nan where they would mean nothing.
+
+    That is where the policy has hardly moved, where a few samples hold nearly all of the optimum's
+    weight, or where there is nothing to gain. Beyond the frontier's end the optimum is the best
+    response drawn, whatever its weight.
+
+    Args: kl: of the policy, as reported; enumerated: the responses were all there are.
+    """
+    enough = enumerated or best.effective_sample_size >= 20 or best.tau == 0
+    told = kl >= 0.05 and enough and math.isfinite(best.efficiency)
+    return {
+        "efficiency": best.efficiency if told else math.nan,
+        "efficiency_se": best.efficiency_se if told else math.nan,
+    }
 
 
 def mixture_weights(log_ratios: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,11 +124,10 @@ def plane(configs: dict[str, Config], split: str, samples: int) -> tuple[dict, l
         best = frontier.frontier(log_weights[0], log_weights[k], rewards, seed=c.seed)
         m = own_metrics(lists[k], logps[k], logps[0], rewards, k, samples)
         # As if of reference and policy alone, whatever others add.
-        m["effective_sample_size"] = best.effective_sample_size * 2 / len(weights)
-        m["beyond"] = best.tau == 0  # it spends more KL than any optimum needs
-        usable = m["kl"] >= 0.05 and (m["effective_sample_size"] >= 20 or m["beyond"])
-        m["efficiency"] = best.efficiency if usable else None
-        m["efficiency_se"] = best.efficiency_se if usable else None
+        own = best._replace(effective_sample_size=best.effective_sample_size * 2 / len(weights))
+        m["effective_sample_size"] = own.effective_sample_size
+        m["beyond"] = own.tau == 0  # it spends more KL than any optimum needs
+        m |= frontier.reported_efficiency(own, m["kl"])
         resumed = json.loads((alive[row] / "config.json").read_text())["resume"]
         m["seconds"] = None  # where it was resumed, the clock began anew
         if not resumed:

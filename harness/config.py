@@ -60,6 +60,7 @@ class Config:
     vocab_size: int | None = option(None, "tokens of bpe")
     reference_steps: int | None = option(None, "SFT steps of the reference")
     reference_lr: float | None = option(None, "its peak learning rate", positive=True)
+    reference_batch: int = option(16, "lists a step of its SFT", positive=True)
     candidates: int | None = option(
         None, "M: responses sampled a prompt; of a file's lists the first M", positive=True
     )
@@ -311,7 +312,7 @@ def settings_read(c: Config) -> dict[str, Any]:
         unread.add("vocab_size")
     if OBJECTIVES[c.objective].loss is None:
         unread |= set("candidates evolve iterate reward_norm shuffle_prompts steps lr clip".split())
-        unread |= {"sample_temperature", "eval_every"}
+        unread |= {"sample_temperature", "eval_every", "batch_size"}
     return {k: v for k, v in vars(c).items() if k not in unread and v not in ("", [], None)}
 
 

@@ -150,9 +150,6 @@ def reward_metrics(policy: Tensor, reference: Tensor) -> dict:
 def optimum_metrics(kls: Tensor, best: frontier.Frontier, enumerated: bool) -> dict:
     """The KL, and how near the policy is to the best one of its KL."""
     kl = kls.mean().item()
-    # Beyond any optimum's KL the optimum is the best response drawn, whatever its weight.
-    enough = enumerated or best.effective_sample_size >= 20 or best.tau == 0
-    usable = kl >= 0.05 and enough and math.isfinite(best.efficiency)
     return {
         "kl": kl,
         "kl_se": standard_error(kls),
@@ -161,8 +158,7 @@ def optimum_metrics(kls: Tensor, best: frontier.Frontier, enumerated: bool) -> d
         "optimal_reward": best.optimal_reward,
         "optimal_reward_se": best.optimal_reward_se,
         "effective_sample_size": best.effective_sample_size,
-        "efficiency": best.efficiency if usable else math.nan,
-        "efficiency_se": best.efficiency_se if usable else math.nan,
+        **frontier.reported_efficiency(best, kl, enumerated),
     }
 
 

@@ -50,7 +50,7 @@ def make_world(c: Config) -> World:
     else:
         task, heldout = data.make_task(c.task, c.seed), []
         # First what the reference reads, each list once; then what each round does.
-        records = task.logged(0, min(c.reference_steps * c.batch_size, MOST_LISTS))
+        records = task.logged(0, min(c.reference_steps * c.reference_batch, MOST_LISTS))
         rounds = [
             task.logged(start, n) if not c.evolve else unanswered(task.prompts("train", start, n))
             for start, n in round_prompts(c, len(records), len(task.train))
@@ -225,25 +225,27 @@ def score_lists(
     c: Config, world: World, model: nn.Module, examples: list[Example]
 ) -> list[list[float]]:
     """log pi of every response of every example."""
-    # The same response to a prompt is scored once; lists of like size share a batch.
-    distinct = [[*dict.fromkeys(map(tuple, e.response_ids))] for e in examples]
-    some = (index for index in range(len(examples)) if distinct[index])
-    order = sorted(some, key=lambda index: -len(distinct[index]))
-    # Few prompts at a time, so that their logits stay in the processor's cache; more on a GPU.
+    # Few responses at a time, so that their logits stay in the processor's cache; more on a GPU.
     room = 1.5e6 if c.device == "cpu" else 1e8
-    logps = [[]] * len(examples)
-    while order:
-        M = len(distinct[order[0]])
-        size = max(1, int(room / (M * world.max_response * world.enc.n_vocab)))
-        rows, order = order[:size], order[size:]
-        lists = with_responses([examples[i] for i in rows], [distinct[i] for i in rows])
+    most = max(1, int(room / (world.max_response * world.enc.n_vocab)))
+    # The same response to a prompt is scored once; a long list in pieces, which share the work with
+    # others of like size.
+    pieces: list[tuple[int, list]] = []
+    for index, e in enumerate(examples):
+        distinct = [*dict.fromkeys(map(tuple, e.response_ids))]
+        pieces += [(index, distinct[i : i + most]) for i in range(0, len(distinct), most)]
+    pieces.sort(key=lambda piece: -len(piece[1]))
+    known: list[dict] = [{} for _ in examples]
+    while pieces:
+        size = max(1, most // len(pieces[0][1]))
+        some, pieces = pieces[:size], pieces[size:]
+        lists = with_responses([examples[i] for i, _ in some], [own for _, own in some])
         batch = data.make_batch(lists, world.enc.eot_token, c.device)
         with precision(c):
             scores = models.response_logps(model, batch, world.allowed).tolist()
-        for i, row in zip(rows, scores):
-            known = dict(zip(distinct[i], row))
-            logps[i] = [known[tuple(ids)] for ids in examples[i].response_ids]
-    return logps
+        for (index, own), row in zip(some, scores):
+            known[index] |= zip(own, row)
+    return [[known[i][tuple(ids)] for ids in e.response_ids] for i, e in enumerate(examples)]
 
 
 def decode(world: World, ids: list[int]) -> str:

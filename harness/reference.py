@@ -44,7 +44,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
     progress, batches, epoch = Progress("reference", c.reference_steps), [], 0
     for step in range(1, c.reference_steps + 1):
         if not batches:
-            batches = batch_order(world.logged, c.batch_size, rng(c.seed, "reference", epoch))
+            batches = batch_order(world.logged, c.reference_batch, rng(c.seed, "reference", epoch))
             epoch += 1
         batch = make_batch([world.logged[i] for i in batches.pop()], world.enc.eot_token, c.device)
         with precision(c):
@@ -61,7 +61,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
 SOURCES = "model t5 data tasks formats harness.pool harness.update harness.reference".split()
 SETTINGS = (
     "max_prompt max_response model layers heads width tokenizer vocab_size reference_steps "
-    "reference_lr batch_size"
+    "reference_lr reference_batch"
 ).split()
 
 

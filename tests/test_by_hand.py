@@ -656,7 +656,14 @@ def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is():
 
 
 def test_a_round_samples_each_prompts_responses_for_that_prompt(monkeypatch):
-    own = {"steps": 3, "evolve": 2, "batch_size": 3, "iterate": 2, "candidates": 2}
+    own = {
+        "steps": 3,
+        "evolve": 2,
+        "batch_size": 3,
+        "reference_batch": 3,
+        "iterate": 2,
+        "candidates": 2,
+    }
     c, world, state, ref = loop_state(reference_steps=5, **own)
     said = world.enc.encode_ordinary
     calls = []
@@ -928,7 +935,7 @@ def test_a_t5_has_the_proportions_of_t5_small_and_a_gpt_those_of_gpt2():
 
 
 def test_the_reference_sees_every_list_once_an_epoch_and_its_loss_is_per_token(monkeypatch):
-    c, world, _ = untrained(reference_steps=6, batch_size=3)
+    c, world, _ = untrained(reference_steps=6, reference_batch=3)
     world.logged = list({e.prompt: e for e in world.logged}.values())[:7]
     world.logged[0].response_ids = [world.logged[0].response_ids[0] * 2]  # unlike lengths
     world.allowed = None

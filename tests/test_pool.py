@@ -54,7 +54,7 @@ def test_a_default_run_asks_for_no_prompt_twice():
     c = resolve(Config(device="cpu", out="unused"))
     world = pool.make_world(c)
     read, rounds = asked(world.logged), [asked(prompts) for prompts in world.rounds]
-    assert len(read) == c.reference_steps * c.batch_size > 1000
+    assert len(read) == c.reference_steps * c.reference_batch > 1000
     assert list(map(len, rounds)) == [c.steps * c.batch_size // c.evolve] * c.evolve
     for prompts in rounds:
         assert len(set(prompts)) == len(prompts) and not set(prompts) & set(read)
@@ -245,6 +245,26 @@ def test_a_response_that_stands_in_a_list_more_than_once_is_scored_once(monkeypa
         for ids, logp in zip(example.response_ids, row, strict=True):
             alone = dataclasses.replace(example, response_ids=[ids], rewards=[0.0])
             assert logp == pytest.approx(pool.score_lists(c, world, model, [alone])[0][0], abs=1e-5)
+
+
+def test_a_long_list_is_scored_in_pieces_that_a_batch_has_room_for(monkeypatch):
+    c, world, model = untrained()
+    responses = enumerate_responses(world)
+    lists = [responses[:40], responses[3:5], responses[100:117]]
+    examples = pool.with_responses(world.rounds[0][:3], lists)
+    whole = pool.score_lists(c, world, model, examples)
+    sizes, real = [], models.response_logps
+
+    def noted(model, batch, allowed):
+        sizes.append(batch.candidate_mask.numel())
+        return real(model, batch, allowed)
+
+    monkeypatch.setattr(pool.models, "response_logps", noted)
+    narrow = dataclasses.replace(world, max_response=150_000 // world.enc.n_vocab)  # ten at a time
+    pieces = pool.score_lists(c, narrow, model, examples)
+    assert sizes[:5] == [10] * 5 and max(sizes) == 10 and sum(sizes) == 40 + 2 + 17
+    for first, second in zip(whole, pieces, strict=True):
+        assert first == pytest.approx(second, abs=1e-5)
 
 
 def test_new_responses_are_neither_rewarded_nor_scored_yet():

@@ -85,7 +85,7 @@ def test_training_makes_the_logged_responses_likelier():
 
 @pytest.mark.parametrize("task", ["dialogue", "tiny"])
 def test_each_logged_list_is_read_exactly_once(monkeypatch, task):
-    c, world, _ = untrained(task=task, reference_steps=20, batch_size=4)
+    c, world, _ = untrained(task=task, reference_steps=20, reference_batch=4)
     seen, make = [], reference.make_batch
 
     def noted(examples, *rest):
@@ -94,7 +94,7 @@ def test_each_logged_list_is_read_exactly_once(monkeypatch, task):
 
     monkeypatch.setattr(reference, "make_batch", noted)
     reference.train_reference(c, world)
-    assert len(world.logged) == c.reference_steps * c.batch_size == 80
+    assert len(world.logged) == c.reference_steps * c.reference_batch == 80
     assert sorted(map(id, seen)) == sorted(map(id, world.logged))
 
 

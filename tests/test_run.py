@@ -166,14 +166,26 @@ def test_no_steps_is_the_reference_itself(tmp_path):
 
 
 def test_a_short_run_improves_the_reward_on_prompts_never_trained_on(tmp_path):
-    settings = {"reference_steps": 200, "steps": 100, "batch_size": 16, "eval_prompts": 20}
+    settings = {
+        "reference_steps": 200,
+        "steps": 100,
+        "batch_size": 16,
+        "reference_batch": 16,
+        "eval_prompts": 20,
+    }
     metrics = train.main(small(tmp_path / "run", **settings, width=64))
     assert metrics["policy_reward"] > metrics["reference_reward"] + 0.15
     assert metrics["win_rate"] > 0.55
 
 
 def test_dro_improves_the_reward_and_learns_the_value(tmp_path):
-    settings = {"reference_steps": 60, "steps": 200, "batch_size": 16, "eval_prompts": 20}
+    settings = {
+        "reference_steps": 60,
+        "steps": 200,
+        "batch_size": 16,
+        "reference_batch": 16,
+        "eval_prompts": 20,
+    }
     own = {"objective": "dro", "evolve": 1, "width": 64, "lr": 2e-3, "tau": 0.5}
     metrics = train.main(small(tmp_path / "run", **settings, **own))
     assert metrics["policy_reward"] > metrics["reference_reward"] + 0.3
@@ -186,6 +198,7 @@ BASELINE = {
     "lr": 3e-3,
     "eval_every": 40,
     "batch_size": 16,
+    "reference_batch": 16,
     "eval_prompts": 16,
 }
 
