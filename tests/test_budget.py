@@ -1,0 +1,160 @@
+"""The budget: how N rewards are read, how passes are chosen, what leaks, what it writes."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import SMALL
+
+from dro import optimal_logps
+from experiments import budget, cells
+from harness.config import resolve
+from harness.pool import make_world, round_prompts
+from tasks import make_task
+
+OWN = {
+    **{name: SMALL[name] for name in ("layers", "heads", "width", "task", "eval_prompts")},
+    "reference_steps": 40,
+    "eval_samples": 32,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def small_budget(tmp_path_factory):
+    """A budget of two rows, two sizes and two numbers of passes: (results, folder)."""
+    folder = tmp_path_factory.mktemp("budget")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(budget, "COMMON", {**budget.COMMON, **OWN})
+        patch.setattr(budget, "SHORT", {})
+        patch.setattr(budget, "QUICK", {"sizes": (256, 512), "passes": (1, 2), "seeds": 2})
+        patch.setattr(budget, "ROWS", {row: budget.ROWS[row] for row in list(budget.ROWS)[:3:2]})
+        patch.setattr(budget, "run_cells", lambda cs, jobs: list(map(cells.run_one, cs)))
+        results = budget.main(quick=True)
+    return results, folder
+
+
+@pytest.mark.parametrize("row", budget.ROWS)
+def test_a_pass_reads_every_scored_response_once_and_an_update_128_of_them(row):
+    for size in budget.WHOLE["sizes"]:
+        for passes in budget.passes_to_try(size, budget.WHOLE["passes"]):
+            c = resolve(budget.config_of(row, size, passes, 1, budget.COMMON))
+            assert c.evolve == 1 and c.iterate == passes and c.seed == 1
+            assert c.candidates * c.batch_size == budget.AN_UPDATE
+            ((_, prompts),) = round_prompts(c, 8_000, 220_500)
+            assert abs(prompts * c.candidates / size - 1) < 0.03
+            assert abs(c.steps * budget.AN_UPDATE / (size * passes) - 1) < 0.03
+
+
+def test_only_a_number_of_passes_that_takes_hours_is_left_out():
+    tried = {n: budget.passes_to_try(n, (1, 3, 10)) for n in budget.WHOLE["sizes"]}
+    assert tried == {**dict.fromkeys((1_000, 3_000, 10_000, 30_000), [1, 3, 10]), 100_000: [1, 3]}
+
+
+def test_all_rows_start_from_one_reference():
+    configs = [resolve(budget.config_of(row, 1_000, 1, 0, budget.COMMON)) for row in budget.ROWS]
+    assert len({(c.reference_steps, c.reference_lr, c.reference_batch) for c in configs}) == 1
+    assert {c.batch_size for c in configs} == {16, 128}
+
+
+def test_the_prompts_that_choose_the_passes_are_read_by_no_run():
+    task = make_task("dialogue")
+    for row in budget.ROWS:
+        c = resolve(budget.config_of(row, 100_000, 1, 0, budget.COMMON))
+        ((start, prompts),) = round_prompts(c, c.reference_steps * c.reference_batch, 220_500)
+        assert start + prompts < len(task.train) - c.eval_prompts
+
+
+def test_the_passes_of_most_reward_are_taken_the_fewest_at_a_tie():
+    assert budget.most_reward({1: 4.0, 3: 5.0, 10: 4.5}) == 3
+    assert budget.most_reward({1: 5.0, 3: 5.0, 10: 4.5}) == 1
+    assert budget.most_reward({1: -2.0, 3: None, 10: -1.0}) == 10
+    assert budget.most_reward({1: None, 3: None}) == 1
+
+
+def test_the_reward_at_a_kl_is_of_the_first_time_it_gets_there():
+    path = [(0.0, 1.0), (0.6, 2.0), (0.2, 3.0), (1.0, 5.0)]
+    assert budget.reward_at(path, 0.3) == 1.5
+    assert budget.reward_at(path, 0.6) == 2.0
+    assert budget.reward_at(path, 0.8) == pytest.approx(4.5)
+    assert budget.reward_at(path, 1.5) is None and budget.reward_at(path[:1], 0.1) is None
+
+
+def test_leaks_by_hand():
+    # A prompt, two samples of the reference, the first broken, and two of the policy, no one.
+    ratios = torch.tensor([[2.0, -1.0, 0.5, 1.5]], dtype=torch.float64)
+    broken = torch.tensor([[True, False, False, False]])
+    rewards = torch.tensor([[0.0, 3.0, 4.0, 6.0]], dtype=torch.float64)
+    m = budget.leak_metrics(ratios, broken, rewards)
+    assert set(m) == set(budget.LEAKS)
+    assert (m["reference_broken"], m["policy_broken"]) == (1 / 2, 0.0)
+    assert (m["reference_ratio_broken"], m["reference_ratio_unbroken"]) == (2.0, -1.0)
+    assert m["policy_ratio_broken"] is None and m["policy_ratio_unbroken"] == (0.5 + 1.5) / 2
+    assert m["policy_unbroken_reward"] == (4 + 6) / 2
+
+
+def test_the_optimum_of_the_leak_table_is_that_of_the_policys_kl():
+    g = torch.Generator().manual_seed(0)
+    n, tau = 4_000, 0.7  # a policy that is pi* itself, over 5 responses of which one is broken
+    log_b = torch.tensor([[0.3, 0.25, 0.2, 0.15, 0.1]], dtype=torch.float64).log()
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 3.0, 1.5]], dtype=torch.float64)
+    best = optimal_logps(log_b, rewards, tau)
+    drawn = torch.cat([p.exp().multinomial(n, True, generator=g) for p in (log_b, best)], -1)
+    ratios = (best - log_b).gather(-1, drawn)
+    m = budget.leak_metrics(ratios, drawn == 0, rewards.gather(-1, drawn))
+    share = best.exp()[0]
+    assert m["optimum_broken"] == pytest.approx(share[0].item(), abs=0.01)
+    mean = (share[1:] @ rewards[0, 1:] / share[1:].sum()).item()
+    assert m["optimum_unbroken_reward"] == pytest.approx(mean, abs=0.05)
+    assert m["policy_broken"] == pytest.approx(share[0].item(), abs=0.02)
+
+
+def test_beyond_every_optimum_the_best_answer_stands_for_it():
+    ratios = torch.tensor([[-9.0, -9.0, 9.0, 9.0]], dtype=torch.float64)
+    broken = torch.tensor([[True, False, False, True]])
+    rewards = torch.tensor([[0.0, 5.0, 1.0, 0.0]], dtype=torch.float64)
+    m = budget.leak_metrics(ratios, broken, rewards)
+    assert m["optimum_broken"] == 0.0 and m["optimum_unbroken_reward"] == 5.0
+
+
+def test_it_makes_the_passes_that_earned_most_and_writes_what_it_found(small_budget):
+    results, folder = small_budget
+    assert list(results["rows"]) == ["dro, single", "lire, lists"]
+    assert len(results["tried"]) == 2 * 2 * 2
+    for row, sizes in results["rows"].items():
+        for size, seeds in sizes.items():
+            tried = {n: r for own, N, n, r in results["tried"] if (own, str(N)) == (row, size)}
+            assert results["passes"][row][size] == max(tried, key=tried.get)
+            assert len(seeds) == 2 and all(math.isfinite(m["kl"]) for m in seeds)
+            assert [kl for m in seeds for kl, _ in m["path"][:1]] == [0.0, 0.0]
+            assert all(("policy_ratio_broken" in m) == (size == "512") for m in seeds)
+    written = json.loads((folder / "results" / "budget-quick.json").read_text())
+    assert written["results"] == results
+    assert written["command"] == "python -m experiments.budget --quick"
+    text = (folder / "results" / "budget-quick.txt").read_text()
+    assert text == budget.table(results) + "\n" and "nan" not in text and "None" not in text
+    assert "| dro, single | 256 |" in text
+    pytest.importorskip("matplotlib")
+    assert (folder / "results" / "budget-quick.png").stat().st_size > 10_000
+
+
+def test_the_cells_own_numbers_stand_in_the_table(small_budget, monkeypatch):
+    results, folder = small_budget
+    monkeypatch.chdir(folder)
+    size, passes = "512", results["passes"]["lire, lists"]["512"]
+    c = budget.config_of("lire, lists", 512, passes, 1, {**budget.COMMON, **OWN})
+    metrics = json.loads((cells.folder_of(c) / "metrics.json").read_text())
+    found = results["rows"]["lire, lists"][size][1]
+    for name in ("policy_reward", "reference_reward", "kl", "efficiency"):
+        assert found[name] == metrics[name]
+    last = json.loads((cells.folder_of(c) / "log.jsonl").read_text().splitlines()[-1])
+    assert found["path"][-1] == [last["kl"], last["reward"]]
+
+
+def test_the_small_world_is_the_cells_own_but_for_what_it_trains_on():
+    c = budget.config_of("lire, lists", 512, 1, 0, {**budget.COMMON, **OWN})
+    small, whole = budget.small_world(c), make_world(resolve(c))
+    assert small.ranks == whole.ranks and small.heldout == whole.heldout
+    assert small.logged == whole.logged and len(small.rounds[0]) == 16 < len(whole.rounds[0])
