@@ -1,0 +1,271 @@
+"""Check an exercise, or all of them.
+
+    python -m exercises.check 3                      your answer in exercises/ex03_....py
+    python -m exercises.check 3 --file mine.py       an answer that lies elsewhere
+    python -m exercises.check all --report results.json
+
+Every answer runs in a process of its own, with a limit of time, so that no file can hold up or
+change the result of another. What it prints is shown below its result. --report writes what
+autograders read (tests, score, max_score, output); --checks DIR takes the properties from there
+(ex01.py ...) in place of exercises/checks.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from exercises.judge import Wrong
+
+FOLDER = Path(__file__).parent
+NUMBERS = range(1, 11)
+SECONDS = 60.0  # for all properties of an exercise
+
+
+class Result(NamedTuple):
+    """What came out for a property."""
+
+    name: str
+    points: int
+    state: str  # passed, wrong, not started
+    message: str = ""
+
+
+def answer_path(number: int) -> Path:
+    """The file that a student writes in."""
+    return next(FOLDER.glob(f"ex{number:02}_*.py"))
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """A file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def forbidden_import(path: Path, forbidden: tuple[str, ...]) -> str:
+    """What to say of an answer that can't be read, or imports what it should write."""
+    try:
+        tree = ast.parse(path.read_text())
+    except SyntaxError as e:
+        return f"line {e.lineno} is no Python: {e.msg}"
+    except (OSError, UnicodeDecodeError) as e:
+        return f"{path} can't be read ({type(e).__name__})"
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            if name.split(".")[0] in forbidden:
+                return f"line {node.lineno} imports {name}, where the answer stands: write it here"
+    return ""
+
+
+# ------------------------------------------------------------------------------ the child's process
+
+
+def run_answer(
+    path: Path, checks: Path, printed: str, limit: float, connection: Connection
+) -> None:
+    """In a child: load the answer, try every property, send a Result's parts for each."""
+    with open(printed, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)
+    properties = load(checks, "checks")
+    for name in properties.FORBIDDEN:
+        sys.modules[name] = None  # an import of it fails, however it is written
+    try:
+        answer = load(path, "answer")
+    except BaseException as e:
+        connection.send(("unloaded", failure(e, path)))
+        return
+    for index, item in enumerate(properties.PROPERTIES):
+        connection.send(("began", index))
+        torch.manual_seed(index)
+        try:
+            with np.errstate(all="ignore"):  # mistakes are computed too, from nan and inf
+                item.holds(answer)
+            connection.send(("passed", ""))
+        except NotImplementedError as e:
+            connection.send(("not started", str(e)))
+        except Wrong as e:
+            cause = f"\n  likely    {e.cause}" if e.cause else ""
+            connection.send(("wrong", f"  expected  {e.expected}\n  got       {e.got}{cause}"))
+        except BaseException as e:
+            connection.send(("wrong", "  " + failure(e, path)))
+
+
+def failure(error: BaseException, path: Path) -> str:
+    """An exception of an answer, in one sentence with the line of the answer that it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    where = f"line {frames[-1].lineno}" if frames else "the call of your function"
+    if isinstance(error, SystemExit):
+        return f"{where} ends the program: return instead"
+    if isinstance(error, ModuleNotFoundError) and "None in sys.modules" in str(error):
+        return f"{where} imports {error.name}, where the answer stands: write it here"
+    if isinstance(error, AttributeError) and not frames:
+        return f"{error}: is the name as in the skeleton?".replace("module 'answer'", "your file")
+    first = next(iter(str(error).splitlines()), "")[:200]
+    return f"{where} fails: {type(error).__name__}: {first}"
+
+
+# ----------------------------------------------------------------------------------- the parent's
+
+
+def check(
+    number: int, path: Path | None = None, checks: Path | None = None, limit: float = SECONDS
+) -> tuple[list[Result], str]:
+    """Results of every property of an exercise, and what the answer printed.
+
+    Args: path: the answer (default: the student's file); checks: the folder of the properties;
+        limit: seconds for all of them.
+    """
+    path = (path or answer_path(number)).resolve()
+    source = (checks or FOLDER / "checks") / f"ex{number:02}.py"
+    properties = load(source, f"checks_{number}")
+    if problem := forbidden_import(path, properties.FORBIDDEN):
+        return [
+            Result(p.name, p.points, "wrong", f"  {problem}") for p in properties.PROPERTIES
+        ], ""
+
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        printed = str(Path(folder) / "printed")
+        child = context.Process(
+            target=run_answer, args=(path, source, printed, limit, sender), daemon=True
+        )
+        child.start()
+        sender.close()
+        states, lost = listen(receiver, time.monotonic() + limit)
+        child.kill()
+        child.join()
+        text = Path(printed).read_text(errors="replace") if Path(printed).exists() else ""
+    if not lost and len(states) < len(properties.PROPERTIES):
+        lost = f"the process ended by itself (exit code {child.exitcode}): a crash, or os._exit"
+    results = []
+    for index, item in enumerate(properties.PROPERTIES):
+        state, message = states.get(index, ("wrong", f"  {lost}".replace("LIMIT", f"{limit:g}")))
+        results.append(Result(item.name, item.points, state, message))
+    return results, text
+
+
+def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, str]], str]:
+    """What a child sends until it ends or its time is over.
+
+    Returns: {index of a property: (state, message)}; why some are missing, if it is known.
+    """
+    states, index = {}, 0
+    while True:
+        if not receiver.poll(max(0.0, deadline - time.monotonic())):
+            return states, "it did not end within LIMIT s: an endless loop?"
+        try:
+            word, content = receiver.recv()
+        except (EOFError, OSError):
+            return states, ""
+        if word == "unloaded":
+            return states, content
+        if word == "began":
+            index = content
+        else:
+            states[index] = (word, content)
+
+
+# ------------------------------------------------------------------------------------ what is shown
+
+
+def lines_of(number: int, results: list[Result], printed: str) -> list[str]:
+    """What a student reads."""
+    title = answer_path(number).stem.partition("_")[2].replace("_", " ")
+    most, score = sum(r.points for r in results), score_of(results)
+    if all(r.state == "not started" for r in results):
+        return [f"exercise {number}, {title}: not started (0 of {most} points)"]
+    lines = [f"exercise {number}, {title}: {score} of {most} points"]
+    told = ""
+    for r in results:
+        lines.append(
+            f"  {r.state:12} {r.name} ({r.points if r.state == 'passed' else 0}/{r.points})"
+        )
+        if r.message and r.state == "wrong":
+            same = r.message == told
+            lines += ["      as above"] if same else ["    " + x for x in r.message.splitlines()]
+            told = r.message
+    if text := printed.strip():
+        some = text.splitlines()
+        lines += ["  it printed:", *("    " + line[:100] for line in some[:10])]
+        lines += [f"    ... {len(some) - 10} lines more"] if len(some) > 10 else []
+    return lines
+
+
+def score_of(results: list[Result]) -> int:
+    """Points that were earned."""
+    return sum(r.points for r in results if r.state == "passed")
+
+
+def report_of(checked: dict[int, list[Result]]) -> dict:
+    """What autograders read: an entry a property, and the sum."""
+    tests = [
+        {
+            "number": f"{number}.{index}",
+            "name": f"exercise {number}: {r.name}",
+            "score": r.points if r.state == "passed" else 0,
+            "max_score": r.points,
+            "status": "passed" if r.state == "passed" else "failed",
+            "output": r.message.strip() if r.state == "wrong" else r.state,
+        }
+        for number, results in checked.items()
+        for index, r in enumerate(results, 1)
+    ]
+    return {"score": sum(test["score"] for test in tests), "tests": tests}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check what is asked for, print and report it.
+
+    Returns: 0 where every property holds, else 1.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("exercise", choices=[*map(str, NUMBERS), "all"], metavar="exercise")
+    parser.add_argument("--file", type=Path, help="the answer, where it lies elsewhere")
+    parser.add_argument("--checks", type=Path, help="a folder of other properties")
+    parser.add_argument("--report", type=Path, help="write the results as JSON")
+    given = parser.parse_args(argv)
+    if given.exercise == "all" and given.file:
+        parser.error("--file is the answer to one exercise: give its number")
+    numbers = NUMBERS if given.exercise == "all" else [int(given.exercise)]
+    if given.file and not given.file.is_file():
+        parser.error(f"--file {given.file}: no such file")
+    for number in numbers if given.checks else []:
+        if not (given.checks / f"ex{number:02}.py").is_file():
+            parser.error(f"--checks {given.checks} has no ex{number:02}.py")
+    torch.set_num_threads(1)  # before a fork
+    checked = {}
+    for number in numbers:
+        results, printed = check(number, given.file, given.checks)
+        checked[number] = results
+        print("\n".join(lines_of(number, results, printed)), flush=True)
+    if given.report:
+        given.report.write_text(json.dumps(report_of(checked), indent=1) + "\n")
+    return int(any(r.state != "passed" for results in checked.values() for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

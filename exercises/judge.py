@@ -1,0 +1,111 @@
+"""What a check says: a property of an answer holds, or what was expected, what came, and why.
+
+A check of exercise 3 is a file with two names (exercises/checks/ex03.py; hidden checks are another
+such file):
+
+    FORBIDDEN = ("lire",)                       modules that hold the answer
+    PROPERTIES = [Property("...", points, function), ...]
+
+A property's function is given the answer, a module, and raises Wrong where it does not hold. The
+cause is found by imitation: every plausible mistake is computed too, and the one that gives the
+student's numbers is named.
+"""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Property(NamedTuple):
+    """Something that a right answer does, and what it is worth."""
+
+    name: str
+    points: int
+    holds: Callable[[ModuleType], None]  # raises Wrong where it does not
+
+
+class Wrong(Exception):
+    """A property does not hold."""
+
+    def __init__(self, expected: Any, got: Any, cause: str = "") -> None:
+        """expected, got: shown; cause: the likeliest one, a sentence to the student."""
+        super().__init__(cause)
+        self.expected, self.got, self.cause = shown(expected), shown(got), cause
+
+
+UNKNOWN = "no usual mistake gives these numbers: go through the worked example by hand"
+
+
+def shown(value: Any) -> str:
+    """A value in at most 300 characters."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.double().numpy() if value.is_floating_point() else value.numpy()
+    if isinstance(value, np.ndarray):
+        text = np.array2string(value, precision=4, suppress_small=True, threshold=40, separator=" ")
+        text = " ".join(text.split())
+    else:
+        text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def as_array(got: Any, expected: np.ndarray) -> np.ndarray:
+    """What the student returned, as float64.
+
+    Raises: Wrong where it is no tensor, of another shape, or holds nan or inf.
+    """
+    if not isinstance(got, torch.Tensor):
+        kind = type(got).__name__
+        cause = "nothing is returned" if got is None else f"a tensor is asked for, not a {kind}"
+        raise Wrong(f"a tensor {list(expected.shape)}", got, cause)
+    if tuple(got.shape) != expected.shape:
+        raise Wrong(f"a tensor {list(expected.shape)}", f"a tensor {list(got.shape)}", SHAPES)
+    return got.detach().cpu().double().numpy()
+
+
+SHAPES = "another shape: which axis is summed over, and is one kept (keepdim) that should go?"
+
+
+def same(
+    got: Any, expected: Any, mistakes: dict[str, Any] | None = None, tolerance: float = 1e-4
+) -> None:
+    """Is what the student returned what was expected?
+
+    Args: expected: numbers; mistakes {sentence: numbers that this mistake gives}, the likeliest
+        first; tolerance: relative to the largest number expected.
+    Raises: Wrong.
+    """
+    expected = np.asarray(expected, float)
+    value = as_array(got, expected)
+    size = tolerance * max(1.0, float(np.abs(expected).max(initial=0.0)))
+
+    def near(numbers):
+        numbers = np.asarray(numbers, float)
+        return numbers.shape == value.shape and np.allclose(
+            value, numbers, rtol=0, atol=size, equal_nan=True
+        )
+
+    if near(expected):
+        return
+    for sentence, numbers in (mistakes or {}).items():
+        if near(numbers):
+            raise Wrong(expected, value, sentence)
+    if not np.isfinite(value).all():
+        raise Wrong(expected, value, "nan or inf: something is divided by 0, or a log is of 0")
+    raise Wrong(expected, value, UNKNOWN)
+
+
+def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
+    """The gradient of a sum of function(at) [...].
+
+    Raises: Wrong where nothing reaches `at`.
+    """
+    at = at.detach().clone().requires_grad_()
+    result = function(at)
+    if not isinstance(result, torch.Tensor) or not result.requires_grad:
+        raise Wrong("a result with a gradient", result, "the result has no gradient: detach, item?")
+    (gradient,) = torch.autograd.grad(result.sum(), at, allow_unused=True)
+    return np.zeros(at.shape) if gradient is None else gradient.double().numpy()

@@ -1,0 +1,157 @@
+"""The classroom: solutions pass, skeletons have not started, wrong answers are told why."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from exercises import check
+from experiments.mutants import read_mutants
+
+ANSWERS = ROOT / "tests" / "exercises"
+WRITTEN = sorted(int(path.stem[2:4]) for path in (ROOT / "exercises").glob("ex??_*.py"))
+WRONG = read_mutants((ANSWERS / "wrong.txt").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # before a fork
+
+
+def checked(number, path, **settings):
+    results, printed = check.check(number, path, **settings)
+    return results, "\n".join(check.lines_of(number, results, printed))
+
+
+def answer_with(folder, text):
+    path = folder / "answer.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_the_solution_has_all_points_and_the_skeleton_has_not_started(number):
+    results, text = checked(number, ANSWERS / f"ex{number:02}.py")
+    assert [r.state for r in results] == ["passed"] * len(results), text
+    assert sum(r.points for r in results) == check.score_of(results) == 10
+    results, text = checked(number, check.answer_path(number))
+    assert {r.state for r in results} == {"not started"}, text
+    assert text.endswith("not started (0 of 10 points)")
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: f"{Path(w.file).stem}: {w.name}")
+def test_a_wrong_answer_is_told_what_is_wrong_with_it(wrong, tmp_path):
+    solution = (ROOT / wrong.file).read_text()
+    path = answer_with(tmp_path, solution.replace(wrong.old, wrong.new))
+    results, text = checked(int(Path(wrong.file).stem[2:]), path)
+    assert check.score_of(results) < 10
+    assert wrong.name in text, text
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_wrong_answers_are_told_apart(number):
+    names = [wrong.name for wrong in WRONG if Path(wrong.file).stem == f"ex{number:02}"]
+    assert len(set(names)) == len(names) >= (3 if number in (4, 9, 10) else 6)
+
+
+BAD = {
+    "endless": ("while True:\n    pass", "did not end within 2 s: an endless loop?"),
+    "leaves": ("import os\nos._exit(3)", "the process ended by itself (exit code 3)"),
+    "exits": ("raise SystemExit(1)", "line 1 ends the program"),
+    "crash": ("1 / 0", "line 1 fails: ZeroDivisionError: division by zero"),
+    "syntax": ("def f(:", "line 1 is no Python"),
+    "import": ("import numpy\nfrom lire import lire_loss", "line 2 imports lire"),
+    "sly": ("__import__('lire')", "line 1 imports lire, where the answer stands"),
+    "empty": ("", "has no attribute 'candidate_probs': is the name as in the skeleton?"),
+    "arguments": ("def candidate_probs(logps): return logps", "takes 1 positional argument"),
+    "deep": ("def candidate_probs(*x): return candidate_probs(*x)", "line 1 fails: RecursionError"),
+    "list": ("def candidate_probs(*x): return [1.0]", "a tensor is asked for, not a list"),
+    "text": ("def candidate_probs(*x): return 'P'", "a tensor is asked for, not a str"),
+    "loop": ("def candidate_probs(*x):\n    while True: pass", "an endless loop?"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_answer_ends_in_a_sentence_and_not_in_a_traceback(kind, tmp_path):
+    text, sentence = BAD[kind]
+    results, said = checked(2, answer_with(tmp_path, text), limit=2.0)
+    assert check.score_of(results) == 0 and len(results) == 6
+    assert sentence in said and "Traceback" not in said and "check.py" not in said
+    assert all(len(line) < 400 for line in said.splitlines())
+
+
+def test_a_property_that_never_ends_does_not_cost_those_before_it(tmp_path):
+    solution = (ANSWERS / "ex07.py").read_text()
+    endless = solution.replace("    return values + c, logps", "    while True:\n        pass")
+    results, _ = checked(7, answer_with(tmp_path, endless), limit=2.0)
+    assert [r.state for r in results] == ["passed"] * 4 + ["wrong"] * 2
+
+
+def test_what_an_answer_prints_is_shown_shortened_and_changes_nothing(tmp_path):
+    solution = (ANSWERS / "ex01.py").read_text()
+    text = solution.replace(
+        "    logps = logits", "    print('shape', logits.shape)\n    logps = logits"
+    )
+    results, said = checked(1, answer_with(tmp_path, text))
+    assert check.score_of(results) == 10 and "it printed:\n    shape torch.Size([1, 3, 3])" in said
+    results, said = checked(
+        1, answer_with(tmp_path, "print('x' * 10**6)\nprint('y\\n' * 50)\n" + text)
+    )
+    assert check.score_of(results) == 10 and "lines more" in said and len(said) < 2500
+
+
+def test_no_answer_changes_what_another_gets(tmp_path):
+    spoils = "import torch\ntorch.logsumexp = torch.softmax = torch.where = None\n"
+    spoils += "import exercises.judge\nexercises.judge.same = lambda *x: None\n"
+    checked(1, answer_with(tmp_path, spoils))
+    results, _ = checked(7, ANSWERS / "ex07.py")
+    assert check.score_of(results) == 10 and torch.logsumexp is not None
+
+
+def test_the_report_is_what_autograders_read(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    argv = ["7", "--file", str(ANSWERS / "ex07.py"), "--report", str(path)]
+    assert check.main(argv) == 0
+    report = json.loads(path.read_text())
+    assert report["score"] == sum(test["max_score"] for test in report["tests"]) == 10
+    assert {test["status"] for test in report["tests"]} == {"passed"}
+    assert {"name", "score", "max_score", "output"} <= set(report["tests"][0])
+    assert check.main(["7", "--report", str(path)]) == 1
+    report = json.loads(path.read_text())
+    assert report["score"] == 0 and report["tests"][0]["output"] == "not started"
+    assert "exercise 7" in capsys.readouterr().out
+
+
+def test_hidden_checks_stand_in_for_the_public_ones(tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    text = (ROOT / "exercises" / "checks" / "ex07.py").read_text()
+    (hidden / "ex07.py").write_text(text.replace('"the worked example", 2', '"hidden", 5'))
+    results, _ = checked(7, ANSWERS / "ex07.py", checks=hidden)
+    assert results[0][:3] == ("hidden", 5, "passed") and check.score_of(results) == 13
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["11"], "invalid choice"),
+        (["all", "--file", "x.py"], "--file is the answer to one exercise"),
+        (["1", "--file", "nowhere.py"], "nowhere.py: no such file"),
+        (["1", "--checks", "nowhere"], "nowhere has no ex01.py"),
+    ],
+)
+def test_impossible_options_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        check.main(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_a_skeleton_says_how_it_is_checked_and_what_is_to_be_written(number):
+    text = check.answer_path(number).read_text()
+    assert f"python -m exercises.check {number}" in text and "worked example" in text
+    assert re.match(rf'"""Exercise {number} \(\w+', text)
+    assert f'raise NotImplementedError("exercise {number}: ' in text
