@@ -24,9 +24,9 @@ A worked example. pi_ref = (.5, .3, .2), r = (1, 0, -1), tau = 1:
 Then think, without a new sum over responses. What happens to V* and to log pi*
 
     shifted                       if a number c(x), one a prompt, is added to all its rewards?
-    equivalent_tau, scaled_value  if all rewards are multiplied by k > 0? Under another tau, which
-                                  you give, pi* stays what it was, and V* is a simple function of
-                                  the old one.
+    equivalent_tau, scaled_value  if all rewards are multiplied by a factor > 0? Under another tau,
+                                  which you give, pi* stays what it was, and V* is a simple
+                                  function of the old one.
 
     python -m exercises.check 7
 """
@@ -49,11 +49,11 @@ def shifted(values: Tensor, logps: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError("exercise 7: what a shift of the rewards does")
 
 
-def equivalent_tau(tau: float, k: float) -> float:
-    """The tau under which the rewards k r have the pi* that r have under the given tau."""
+def equivalent_tau(tau: float, factor: float) -> float:
+    """The tau under which the rewards factor x r have the pi* that r have under the given tau."""
     raise NotImplementedError("exercise 7: the other tau")
 
 
-def scaled_value(values: Tensor, k: float) -> Tensor:
-    """V* [B] of the rewards k r under equivalent_tau, from V* of r under the given tau."""
+def scaled_value(values: Tensor, factor: float) -> Tensor:
+    """V* [B] of the rewards factor x r under equivalent_tau, from V* of r under the given tau."""
     raise NotImplementedError("exercise 7: what a scale of the rewards does to V*")

@@ -42,7 +42,7 @@ def test_the_solution_has_all_points_and_the_skeleton_has_not_started(number):
     assert text.endswith("not started (0 of 10 points)")
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda w: f"{Path(w.file).stem}: {w.name}")
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda x: f"{Path(x.file).stem}: {x.name}")
 def test_a_wrong_answer_is_told_what_is_wrong_with_it(wrong, tmp_path):
     solution = (ROOT / wrong.file).read_text()
     path = answer_with(tmp_path, solution.replace(wrong.old, wrong.new))

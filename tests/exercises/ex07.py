@@ -13,9 +13,9 @@ def shifted(values, logps, c):
     return values + c, logps
 
 
-def equivalent_tau(tau, k):
-    return k * tau
+def equivalent_tau(tau, factor):
+    return factor * tau
 
 
-def scaled_value(values, k):
-    return k * values
+def scaled_value(values, factor):
+    return factor * values
