@@ -11,9 +11,11 @@ cause is found by imitation: every plausible mistake is computed too, and the on
 student's numbers is named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -109,3 +111,42 @@ def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
         raise Wrong("a result with a gradient", result, "the result has no gradient: detach, item?")
     (gradient,) = torch.autograd.grad(result.sum(), at, allow_unused=True)
     return np.zeros(at.shape) if gradient is None else gradient.double().numpy()
+
+
+def same_number(
+    got: Any, expected: float, mistakes: dict[str, float] | None = None, tolerance: float = 1e-4
+) -> None:
+    """`same` for a single number: a float, an int, or a tensor that holds one.
+
+    Raises: Wrong.
+    """
+    is_number = isinstance(got, (int, float, np.number)) and not isinstance(got, bool)
+    if not is_number and not (isinstance(got, torch.Tensor) and got.numel() == 1):
+        kind = type(got).__name__
+        cause = "nothing is returned" if got is None else f"a number is asked for, not a {kind}"
+        raise Wrong("a number", got, cause)
+    same(torch.tensor(float(got), dtype=torch.float64), expected, mistakes, tolerance)
+
+
+AUTOGRAD = "autograd is used: here the derivative is worked out on paper and written as a formula"
+
+
+@contextmanager
+def by_hand() -> Iterator[None]:
+    """Inside, no answer can let torch differentiate.
+
+    Raises: Wrong as soon as torch saves a tensor for a backward pass, or makes one for a forward
+        derivative.
+    """
+
+    def refuse(*saved):
+        raise Wrong("a formula, derived by hand", "a call of autograd", AUTOGRAD)
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(refuse, refuse)
+    try:
+        with hooks, patch.object(torch.autograd.forward_ad, "make_dual", refuse):
+            yield
+    except RuntimeError as e:
+        if "saved tensor hooks" not in str(e):  # what torch.func says of the hooks above
+            raise
+        raise Wrong("a formula, derived by hand", "a call of torch.func", AUTOGRAD) from None
