@@ -1,0 +1,234 @@
+"""What a right answer to exercise 3 does."""
+
+import numpy as np
+import torch
+
+from exercises.judge import Property, Wrong, by_hand, same, same_number
+
+FORBIDDEN = ("lire", "objectives", "baselines", "train", "harness", "tests")
+
+
+def lists(B, M, seed):
+    """Random log-probs, rewards, lengths and a ragged mask; the first list is whole."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, M + 1, size=B)
+    sizes[0], sizes[-1] = M, max(2, M // 2)
+    mask = rng.permuted(np.arange(M) < sizes[:, None], axis=-1)
+    logps, rewards = rng.normal(size=(B, M)) * 3 - 9, rng.normal(size=(B, M)) * 2 + 1
+    return logps, rewards, rng.integers(2, 9, size=(B, M)), mask
+
+
+def zeroed(x, mask):
+    return np.where(mask, x, 0.0)
+
+
+def softmax(x, mask):
+    x = np.where(mask, x, -np.inf)
+    odds = np.exp(x - x.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
+def total(x):
+    return x.sum(-1, keepdims=True)
+
+
+def gradient(logps, rewards, mask, T, probs=None):
+    P, R = softmax(logps / T, mask) if probs is None else probs, zeroed(rewards, mask)
+    return -P * (R - total(P * R)) / T
+
+
+def wrong_gradients(logps, rewards, mask, T):
+    """Usual mistakes, and the numbers that they give."""
+    right = gradient(logps, rewards, mask, T)
+    P, R = softmax(logps / T, mask), zeroed(rewards, mask)
+    all_slots = np.ones_like(mask)
+    padded = softmax(zeroed(logps, mask) / T, all_slots)
+    soft = softmax(rewards, mask)
+    middle = total(R) / total(mask)
+    return {
+        "the sign is turned: the loss is the expected reward's negative": -right,
+        "what all candidates share is missing: R_j alone stands behind P_j, but s_j is in the other"
+        " P_m too": -P * R / T,
+        "the list's mean reward is weighted by P, here every candidate counts the same": (
+            zeroed(-P * (R - middle) / T, mask)
+        ),
+        "the list's summed reward is subtracted: each R_m has its P_m as a factor": (
+            zeroed(-P * (R - total(R)) / T, mask)
+        ),
+        "1/T is missing: s / T is in the exponent, and the chain rule brings a 1/T out": right * T,
+        "T stands in front as a factor: the derivative of s / T is 1/T": right * T * T,
+        "P_j before the bracket is missing: a candidate without mass moves nothing": zeroed(
+            -(R - total(P * R)) / T, mask
+        ),
+        "only d P_j / d s_j is there: s_j is in the sum below every other P_m as well": (
+            -P * (1 - P) * R / T
+        ),
+        "P without its T: softmax(s), where softmax(s / T) is asked for": gradient(
+            logps, rewards, mask, T, softmax(logps, mask)
+        ),
+        "P has T as a factor in the exponent: it divides s": gradient(
+            logps, rewards, mask, T, softmax(logps * T, mask)
+        ),
+        "a softmax over the rewards: here R is used as given": gradient(logps, soft, mask, T),
+        "P - R, the gradient of a cross-entropy: in LIRE's loss stands P, not log P": zeroed(
+            (P - R) / T, mask
+        ),
+        "P - softmax(R), the gradient of a cross-entropy: in LIRE's loss stands P, not log P": (
+            (P - soft) / T
+        ),
+        "padded slots take part in P as log-prob 0: they need -inf before the softmax": zeroed(
+            gradient(logps, rewards, mask, T, padded), mask
+        ),
+        "the loss, once for each candidate: its derivative is asked for": zeroed(
+            -total(P * R), mask
+        ),
+        "divided by M: the loss is a sum over the list": right / mask.shape[-1],
+        "divided by the number of real candidates: the loss is a sum over the list": (
+            right / total(mask)
+        ),
+        "divided by B: each list has a loss of its own": right / len(mask),
+    }
+
+
+def wrong_mean_gradients(logps, lengths, rewards, mask, T):
+    n = np.where(mask, lengths, 1)
+    by_sums, by_means = (gradient(x, rewards, mask, T) for x in (logps, logps / n))
+    return {
+        "the gradient by the score s / n: asked for is the one by s, which is a factor 1/n more": (
+            by_means
+        ),
+        "n is a factor: d (s / n) / d s is 1/n": by_means * n,
+        "the means are not in P: s / n stands in Eq. 4 as well": by_sums / n,
+        "nothing has changed: the score is s / n, in P and in the chain rule": by_sums,
+        "the lengths' product with s is in P: it is s / n": gradient(logps * n, rewards, mask, T)
+        / n,
+        "1/n is there twice: d (s / n) / d s is 1/n once": by_means / n**2,
+        "the sign is turned": -by_means / n,
+    }
+
+
+def tensors(*arrays):
+    return [torch.tensor(x, dtype=torch.float32 if x.dtype.kind == "f" else None) for x in arrays]
+
+
+def ask(function, *arrays, T):
+    with by_hand():
+        return function(*tensors(*arrays), T)
+
+
+def no_nan(got, right, cause):
+    if isinstance(got, torch.Tensor) and not got.isfinite().all():
+        raise Wrong(right, got, cause)
+
+
+def worked_example(answer):
+    logps, rewards = np.array([[0, 2, np.nan]]), np.array([[3, 1, np.nan]])
+    mask, e = np.array([[True, True, False]]), np.e
+    got = ask(answer.lire_grad, logps, rewards, mask, T=2.0)
+    # P_1 P_2 (R_1 - R_2) / T
+    right = [[-e / (1 + e) ** 2, e / (1 + e) ** 2, 0]]
+    no_nan(got, right, NAN)
+    same(got, right, wrong_gradients(logps, rewards, mask, 2.0))
+
+
+NAN = "nan of the slot that is not real gets in: multiplied by 0 it stays nan (masked_fill)"
+
+
+def gradients(answer):
+    for seed, (sizes, T) in enumerate([((2, 3), 2.0), ((3, 7), 0.5), ((5, 2), 5.0), ((2, 5), 1.5)]):
+        logps, rewards, _, mask = lists(*sizes, seed)
+        got = ask(answer.lire_grad, logps, rewards, mask, T=T)
+        same(got, gradient(logps, rewards, mask, T), wrong_gradients(logps, rewards, mask, T))
+    alone = np.array([[-3.0, -7.0]]), np.array([[2.0, 1.0]]), np.array([[True, False]])
+    got = ask(answer.lire_grad, *alone, T=2.0)
+    same(got, [[0.0, 0.0]], wrong_gradients(*alone, 2.0))
+
+
+def padding(answer):
+    logps, rewards, _, mask = lists(3, 5, 20)
+    right = gradient(logps, rewards, mask, 2.0)
+    for poison in (np.nan, np.inf, -1e9):
+        spoilt = [np.where(mask, x, poison) for x in (logps, rewards)]
+        got = ask(answer.lire_grad, *spoilt, mask, T=2.0)
+        no_nan(got, right, NAN)
+        if isinstance(got, torch.Tensor) and got.shape == mask.shape and got.numpy()[~mask].any():
+            raise Wrong(right, got, "slots that are not real have a gradient: theirs is 0")
+        same(got, right, wrong_gradients(logps, rewards, mask, 2.0))
+
+
+def large_sums(answer):
+    logps = np.array([[-900.0, -902.0, -4000.0], [-5000.0, -5001.0, -5000.0]])
+    rewards, mask = np.array([[1.0, 3.0, 5.0]] * 2), np.array([[True] * 3, [True, True, False]])
+    right = gradient(logps, rewards, mask, 2.0)
+    got = ask(answer.lire_grad, logps, rewards, mask, T=2.0)
+    no_nan(got, right, "exp of sums like -900 is 0, and 0 / 0 is nan: torch.softmax avoids it")
+    same(got, right, wrong_gradients(logps, rewards, mask, 2.0))
+
+
+def mean_scores(answer):
+    for seed, (sizes, T) in enumerate([((2, 3), 2.0), ((3, 5), 0.5)]):
+        logps, rewards, lengths, mask = lists(*sizes, 30 + seed)
+        right = gradient(logps / lengths, rewards, mask, T) / lengths
+        case = logps, np.where(mask, lengths, 0), rewards, mask
+        got = ask(answer.mean_score_grad, *case, T=T)
+        no_nan(got, right, "the lengths may be 0 where mask is False: s / 0 (torch.where first)")
+        same(got, right, wrong_mean_gradients(*case, T))
+
+
+def largest(answer):
+    for T in (3.0, 0.7):
+        wrong = {
+            "P_1 and what stands in the bracket can't both be 1: where P_1 is 1, the list's mean is"
+            " R_1 itself": 1 / T,
+            "at P = (1/2, 1/2) the bracket is 1/2, not 1: half of R_1 is in the list's mean": (
+                1 / (2 * T)
+            ),
+            "it depends on T: the whole gradient has 1/T in front": 1 / 4,
+            "T is a factor: the gradient has 1/T in front": T / 4,
+            "it is asked for without its sign": -1 / (4 * T),
+            "P_1 P_2 is largest where both are 1/2; this is below what can be had": 1 / (8 * T),
+        }
+        with by_hand():
+            got = answer.largest_grad(T)
+        same_number(got, 1 / (4 * T), wrong)
+
+
+def leads(answer):
+    for share, T in ((0.15, 3.0), (0.75, 2.0), (0.01, 0.5)):
+        own = (1 + np.sqrt(1 - share)) / 2
+        right = T * np.log(own / (1 - own))
+        wrong = {
+            "T is missing: P depends on (s_1 - s_2) / T": right / T,
+            "T divides: P depends on (s_1 - s_2) / T, so a larger T asks for a larger lead": (
+                right / T**2
+            ),
+            "the sign is turned: the lead is asked for, a number >= 0": -right,
+            "half of it: each s has moved away from the middle by that, they are twice as far"
+            " apart": right / 2,
+            "P of the smaller one is the share: both P are factors of the gradient": (
+                T * np.log(1 / share - 1)
+            ),
+            "exp(-lead / T) is the share: that leaves out the sum below P": T * np.log(1 / share),
+            "right for a large lead only, where the larger P is almost 1: solve it exactly": (
+                T * np.log(4 / share)
+            ),
+            "log of P, where log of P_1 / P_2 is the lead over T": T * np.log(own),
+        }
+        if share < 0.25:
+            inner = (1 + np.sqrt(1 - 4 * share)) / 2
+            cause = "P_1 P_2 is the share: it should be that share of its own largest value"
+            wrong[cause] = T * np.log(inner / (1 - inner))
+        with by_hand():
+            got = answer.lead(share, T)
+        same_number(got, right, wrong)
+
+
+PROPERTIES = [
+    Property("the worked example", 2, worked_example),
+    Property("the gradient, ragged lists", 2, gradients),
+    Property("padded slots change nothing", 1, padding),
+    Property("sums of thousands of nats give no nan", 1, large_sums),
+    Property("the gradient where the score is a mean", 2, mean_scores),
+    Property("the largest gradient", 1, largest),
+    Property("how far ahead", 1, leads),
+]
