@@ -1,0 +1,295 @@
+"""What a right answer to exercise 4 does."""
+
+import importlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from exercises.judge import SHAPES, UNKNOWN, Property, Wrong, same_number
+
+FORBIDDEN = ("lire", "objectives", "train", "harness", "tests")
+MEAN, DEVIATION = -2.0, 1.45  # of a token's log-prob
+TEMPERATURES = (1, 2, 4, 8)
+UNLIKE = (46, 75, 25, 61, 32, 54, 68, 39)  # tokens; the shortest is neither first nor last
+
+# -------------------------------------------------------------------------------------- predictions
+
+
+def asked_for():
+    """(a key of PREDICTED, a key inside, the smallest possible value)."""
+    for how in ("sum", "mean"):
+        yield from ((how, T, 1 / 8) for T in TEMPERATURES)
+    yield from (("shortest wins", how, 0.0) for how in ("sum", "mean"))
+
+
+def predictions(answer):
+    predicted = answer.PREDICTED
+    try:
+        values = {(a, b): predicted[a][b] for a, b, _ in asked_for()}
+    except (KeyError, TypeError, IndexError) as e:
+        cause = "a key of PREDICTED is missing: keep the dictionary as the skeleton has it"
+        raise Wrong("PREDICTED with all its keys", f"{type(e).__name__}: {e}", cause) from None
+    if all(value is None for value in values.values()):
+        raise NotImplementedError("exercise 4: the predictions")
+    for (first, second), value in values.items():
+        said = f"PREDICTED[{first!r}][{second!r}] is {value!r}"
+        if value is None:
+            cause = "a prediction is missing: a wrong one has its points too, none has not"
+            raise Wrong("a number in the place of every None", said, cause)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            cause = "a share lies between 0 and 1: 80 % is 0.8"
+            raise Wrong("a number between 0 and 1", said, cause)
+    for first, second, least in asked_for():
+        if values[first, second] < least:
+            said = f"PREDICTED[{first!r}][{second!r}] is {values[first, second]!r}"
+            cause = "8 numbers that sum to 1 can't all be below 1/8: the largest P is at least that"
+            raise Wrong("a number between 1/8 and 1", said, cause)
+
+
+# --------------------------------------------------------------------------------------- simulation
+
+
+def ask_scores(answer, lengths, lists, how, seed):
+    generator = torch.Generator().manual_seed(seed)
+    got = answer.scores(torch.tensor(lengths), lists, how, generator)
+    shape = [lists, len(lengths)]
+    if not isinstance(got, torch.Tensor):
+        kind = type(got).__name__
+        cause = "nothing is returned" if got is None else f"a tensor is asked for, not a {kind}"
+        raise Wrong(f"a tensor {shape}", got, cause)
+    if list(got.shape) != shape:
+        raise Wrong(f"a tensor {shape}", f"a tensor {list(got.shape)}", SHAPES)
+    return got.double().numpy()
+
+
+def moments(lengths, how):
+    """Mean and deviation [2, M] of a response's score."""
+    n = np.array(lengths, float)
+    both = np.array([MEAN * n, DEVIATION * np.sqrt(n)])
+    return both / n if how == "mean" else both
+
+
+def wrong_moments(lengths, how):
+    """Usual mistakes, and the means and deviations that they give."""
+    n, M = np.array(lengths, float), len(lengths)
+    mean, deviation = moments(lengths, how)
+    sums, means = moments(lengths, "sum"), moments(lengths, "mean")
+    longest = np.full_like(n, n.max())
+    wrong = {
+        "padding is in it: every response has as many tokens as the longest one": moments(
+            longest, how
+        ),
+        "one draw stands for all tokens of a response: each token needs a draw of its own, which"
+        " partly cancel": (mean, deviation * np.sqrt(n)),
+        "1.45 is taken as the variance: it is the deviation": (
+            mean,
+            deviation / np.sqrt(DEVIATION),
+        ),
+        "the deviation 1.45 is missing: torch.randn has deviation 1": (
+            mean,
+            deviation / DEVIATION,
+        ),
+        "the mean of -2 a token is missing": (mean - mean, deviation),
+        "the mean of a token's log-prob is -2, not 2: log-probs are negative": (-mean, deviation),
+    }
+    if how == "mean":
+        return wrong | {
+            'how = "mean" gives sums: divide by the response\'s own length': sums,
+            "the sum is divided by the longest response's length: each has its own": sums / n.max(),
+            "the sum is divided by M: its own number of tokens is asked for": sums / M,
+            "the sum is divided by the root of the length: a mean is divided by the length": (
+                sums / np.sqrt(n)
+            ),
+        }
+    return wrong | {
+        'how = "sum" gives means: no division': means,
+        "every score has the deviation of a single token: a sum over more tokens varies more": (
+            mean,
+            np.full_like(n, DEVIATION),
+        ),
+    }
+
+
+def near(got, right):
+    """Means and deviations of thousands of lists are known to some percent."""
+    return np.allclose(got, right, rtol=0.06, atol=0.06 * np.abs(right[1]).max())
+
+
+def has_moments(got, lengths, how):
+    found, right = np.array([got.mean(0), got.std(0)]), moments(lengths, how)
+    if near(found, right):
+        return
+    wrong = wrong_moments(lengths, how).items()
+    cause = next((cause for cause, numbers in wrong if near(found, numbers)), UNKNOWN)
+    words = f"for {how}s over {list(lengths)} tokens, means and deviations "
+    raise Wrong(words + str(right.round(2).tolist()), found.round(2).tolist(), cause)
+
+
+def simulated(answer, how):
+    lengths = (7, 41, 3, 17)
+    got = ask_scores(answer, lengths, 3000, how, 0)
+    if not np.isfinite(got).all():
+        raise Wrong("finite scores", got[:2], "nan or inf: something is divided by 0")
+    if got.shape[0] > 1 and (got == got[:1]).all():
+        cause = "all lists are the same: torch.randn needs a size for the N lists too"
+        raise Wrong("3000 different lists", got[:3], cause)
+    has_moments(got, lengths, how)
+    together = np.corrcoef(got.T) - np.eye(len(lengths))
+    if np.abs(together).max() > 0.15:
+        cause = "the responses of a list share draws: each has draws of its own"
+        raise Wrong("responses that do not correlate", np.corrcoef(got.T), cause)
+
+
+def sums(answer):
+    simulated(answer, "sum")
+    first, again, other = (ask_scores(answer, (5, 9), 3, "sum", seed) for seed in (1, 1, 2))
+    if not np.array_equal(first, again):
+        cause = "the generator is not used: give it to torch.randn, as generator=generator"
+        raise Wrong("the same scores from a generator of the same seed", again - first, cause)
+    if np.array_equal(first, other):
+        cause = "every generator gives the same: it comes with a seed, leave that as it is"
+        raise Wrong("other scores from a generator of another seed", other, cause)
+
+
+def means(answer):
+    simulated(answer, "mean")
+
+
+# --------------------------------------------------------------------------------- what is measured
+
+
+def softmax(x, axis=-1):
+    odds = np.exp(x - x.max(axis, keepdims=True))
+    return odds / odds.sum(axis, keepdims=True)
+
+
+def wrong_largest(scores, T):
+    P = softmax(scores / T)
+    return {
+        "T multiplies the scores: it divides them": softmax(scores * T).max(-1).mean(),
+        "T is not used": softmax(scores).max(-1).mean(),
+        "the largest P of all lists: it is the mean over lists of each one's largest": P.max(),
+        "the softmax goes over the lists, not over the candidates of a list": (
+            softmax(scores / T, 0).max(-1).mean()
+        ),
+        "the mean over lists is taken first, then the largest: each list has its own largest": (
+            P.mean(0).max()
+        ),
+        "the mean of all P, which is always 1/M: the largest of each list comes first": P.mean(),
+        "the mean largest score, not P: a softmax over each list is missing": scores.max(-1).mean(),
+        "the median over lists: the mean is asked for": np.median(P.max(-1)),
+        "the sum over lists: the mean is asked for": P.max(-1).sum(),
+        "the smallest P of each list": P.min(-1).mean(),
+    }
+
+
+def largest(answer):
+    cases = [(np.array([[0.0, 2.0], [6.0, 5.0]]), 2.0)]
+    for seed, (N, M, T) in enumerate([(5, 3, 2.0), (7, 8, 4.0)]):
+        cases.append((np.random.default_rng(seed).normal(size=(N, M)) * 3 - 9, T))
+    cases.append((np.array([[-900.0, -901.0, -905.0], [-1000.0, -1000.0, -1000.0]]), 2.0))
+    for drawn, T in cases:
+        got = answer.largest_prob(torch.tensor(drawn, dtype=torch.float32), T)
+        right = softmax(drawn / T).max(-1).mean()
+        same_number(got, right, wrong_largest(drawn, T))
+
+
+def wins(answer):
+    lengths = np.array([9, 5])
+    cases = [(np.array([[0.0, 2.0], [6.0, 5.0]]), lengths)]
+    cases.append((np.random.default_rng(3).normal(size=(97, 8)), np.array(UNLIKE)))
+    for drawn, lengths in cases:
+        best, shortest = drawn.argmax(-1), lengths.argmin()
+        given = torch.tensor(drawn, dtype=torch.float32), torch.tensor(lengths)
+        right = (best == shortest).mean()
+        wrong = {
+            "this is how often the longest wins": (best == lengths.argmax()).mean(),
+            "this is how often the shortest has the lowest score: the highest has the largest P": (
+                drawn.argmin(-1) == shortest
+            ).mean(),
+            "this is how often the first response wins: the shortest can stand anywhere": (
+                best == 0
+            ).mean(),
+            "this is how often the last response wins: the shortest can stand anywhere": (
+                best == len(lengths) - 1
+            ).mean(),
+            "the number of lists: their share is asked for": (best == shortest).sum(),
+            "a percentage: a share between 0 and 1 is asked for": right * 100,
+            "how often it does not win": 1 - right,
+        }
+        same_number(answer.shortest_wins(*given), right, wrong)
+    compare(answer)
+
+
+def compare(answer):
+    """Print what was predicted beside what the answer's own simulation gives."""
+    try:
+        predictions(answer)
+    except (NotImplementedError, Wrong):
+        return
+    print("of 8 responses          T=1    T=2    T=4    T=8   shortest wins")
+    for how in ("sum", "mean"):
+        seen = []
+        for lengths in ((50,) * 8, UNLIKE):
+            generator = torch.Generator().manual_seed(0)
+            seen.append(answer.scores(torch.tensor(lengths), 1000, how, generator))
+        result = [answer.largest_prob(seen[0], T) for T in TEMPERATURES]
+        result.append(answer.shortest_wins(seen[1], torch.tensor(UNLIKE)))
+        said = [answer.PREDICTED[how][T] for T in TEMPERATURES]
+        said.append(answer.PREDICTED["shortest wins"][how])
+        for name, row in (("predicted", said), ("simulated", result)):
+            print(f"{how + 's,':6} {name:12}" + "".join(f" {float(x):6.2f}" for x in row))
+
+
+# ------------------------------------------------------------------------------------------ picture
+
+
+def picture(answer):
+    try:
+        importlib.import_module("matplotlib").use("Agg")  # no windows
+    except ImportError:
+        installed = False
+    else:
+        installed = True
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        try:
+            answer.draw(str(path))
+        except ModuleNotFoundError:
+            if installed:
+                raise
+            print("matplotlib is not installed: the picture was not checked")
+            return
+        if not path.is_file():
+            cause = "no file at the given path: savefig(path) writes it, plt.show does not"
+            raise Wrong("a PNG at path", "no file", cause)
+        content = path.read_bytes()
+        if content[:8] != b"\x89PNG\r\n\x1a\n":
+            cause = "the file is no PNG: savefig(path) writes one, as path ends with .png"
+            raise Wrong("a PNG at path", f"{len(content)} bytes of something else", cause)
+        if installed:
+            looked_at(importlib.import_module("matplotlib.image").imread(path))
+
+
+def looked_at(pixels):
+    """Is there something in a picture [height, width, channels]?"""
+    colours = np.unique(pixels[..., :3].reshape(-1, pixels[..., :3].shape[-1]), axis=0)
+    grey = np.ptp(colours, axis=-1) < 0.02
+    if len(colours) < 2:
+        cause = "the picture is empty: savefig belongs behind plot, and to the same figure"
+        raise Wrong("curves", "a picture of a single colour", cause)
+    if grey.all():
+        cause = "no curve is in it: an empty pair of axes? plot() belongs before savefig"
+        raise Wrong("curves in colours", "a picture in black and white", cause)
+
+
+PROPERTIES = [
+    Property("the predictions are made", 2, predictions),
+    Property("the simulated scores: sums", 2, sums),
+    Property("the simulated scores: means", 1, means),
+    Property("the mean largest P", 2, largest),
+    Property("how often the shortest response wins", 1, wins),
+    Property("the picture", 2, picture),
+]
