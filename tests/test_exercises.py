@@ -111,6 +111,39 @@ def test_no_answer_changes_what_another_gets(tmp_path):
     assert check.score_of(results) == 10 and torch.logsumexp is not None
 
 
+def test_without_matplotlib_the_picture_is_left_out_and_not_begun_is_not_passed(tmp_path):
+    absent = 'import sys\nsys.modules["matplotlib"] = None\n'
+    results, said = checked(4, answer_with(tmp_path, absent + (ANSWERS / "ex04.py").read_text()))
+    assert check.score_of(results) == 10 and "the picture was not checked" in said
+    skeleton = check.answer_path(4).read_text()
+    results, _ = checked(4, answer_with(tmp_path, skeleton + absent))
+    assert {r.state for r in results} == {"not started"}
+
+
+def test_predictions_are_shown_beside_what_comes_out_once_the_simulation_works(tmp_path):
+    solution = (ANSWERS / "ex04.py").read_text()
+    _, said = checked(4, answer_with(tmp_path, solution))
+    assert "sums,  predicted      0.90" in said and "means, simulated " in said
+    _, said = checked(4, answer_with(tmp_path, solution.replace("1: 0.9", "1: None")))
+    assert "means, simulated" not in said
+
+
+@pytest.mark.parametrize("way", ["jvp", "backward"])
+def test_autograd_is_noticed_in_every_shape(way, tmp_path):
+    ways = {
+        "jvp": "torch.func.jvp(gain, (margin,), (torch.ones_like(margin),))[1]",
+        "backward": "[s := margin.clone().requires_grad_(), gain(s).sum().backward()][0].grad",
+    }
+    solution = (ANSWERS / "ex05.py").read_text()
+    old = "    return P_w * P_l * math.tanh(reward_gap / 2) / temperature"
+    new = "    gain = lambda x: torch.sigmoid(x / temperature) * math.tanh(reward_gap / 2)\n"
+    results, said = checked(
+        5, answer_with(tmp_path, solution.replace(old, new + f"    return {ways[way]}"))
+    )
+    assert "autograd is used: here the derivative is worked out on paper" in said
+    assert [r.state for r in results[:2]] == ["wrong", "wrong"] and results[2].state == "passed"
+
+
 def test_the_report_is_what_autograders_read(tmp_path, capsys):
     path = tmp_path / "results.json"
     argv = ["7", "--file", str(ANSWERS / "ex07.py"), "--report", str(path)]
