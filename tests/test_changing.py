@@ -126,6 +126,40 @@ def test_a_task(project):
     assert (config["steps"], config["reference_steps"]) == (100, 200)  # of the row
 
 
+SPARSEMAX = """
+import doctest
+import torch
+import lire
+
+g = torch.Generator().manual_seed(0)
+for B, M in ((2, 3), (5, 7), (3, 1)):
+    logps = torch.randn(B, M, generator=g, dtype=torch.float64).requires_grad_()
+    rewards = torch.randn(B, M, generator=g, dtype=torch.float64)
+    mask = torch.rand(B, M, generator=g) < 0.7
+    P = lire.candidate_probs(logps, mask, 1.5)
+    assert torch.allclose(P.sum(-1), mask.any(-1).double()) and (P >= 0).all()
+    (expected,) = torch.autograd.grad(lire.lire_loss(logps, rewards, mask, 1.5).sum(), logps)
+    assert torch.allclose(lire.lire_grad(logps, rewards, mask, 1.5), expected)
+assert (P == 0).any() and doctest.testmod(lire).failed == 0
+"""
+
+
+def test_another_distribution(project):
+    folder, _, run = project
+    text = (ROOT / "docs/changing.md").read_text()
+    shutil.copy(ROOT / "README.md", folder)
+    (folder / "sparsemax.diff").write_text(re.search(r"```diff\n(.*?)```", text, re.S)[1])
+    subprocess.run(["git", "apply", "sparsemax.diff"], cwd=folder, check=True)
+    done = subprocess.run([sys.executable, "-c", SPARSEMAX], cwd=folder, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    run(f"--task tiny {SMALL} --evolve 1 --out out/run")
+    rows = (folder / "out/run/log.jsonl").read_text().splitlines()
+    assert 0 < json.loads(rows[-1])["candidates/max_prob"] <= 1
+    for path in ("lire.py", "README.md"):  # nothing is left of a softmax over log-probabilities
+        lines = (folder / path).read_text().splitlines()
+        assert not [x for x in lines if "softmax(logps" in x and "sparsemax(logps" not in x]
+
+
 def test_a_format(project):
     folder, insert, run = project
     reader, row = blocks("docs/changing.md", "A format")

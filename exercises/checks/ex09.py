@@ -1,0 +1,190 @@
+"""What a right answer to exercise 9 does."""
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from exercises.judge import Property, Wrong, same
+
+FORBIDDEN = ("dro", "objectives", "harness", "tests")
+TRUE = {
+    "single: residual/rms": "falls to 0",
+    "lists: residual/rms": "falls, but not to 0",
+    "lists: residual/within_prompt": "stays",
+    "seeing: residual/rms": "falls to 0",
+    "seeing: residual/within_prompt": "falls to 0",
+}
+MAY_SET = ("candidates", "evolve", "iterate", "steps", "lr", "value_lr")
+RUN = {  # the rest of the run: small enough for a few seconds
+    **{"objective": "dro", "task": "tiny", "tau": 1.0, "device": "cpu", "seed": 0},
+    **{"layers": 1, "heads": 2, "width": 64, "reference_steps": 60, "reference_batch": 8},
+    **{"eval_prompts": 4, "eval_samples": 8, "eval_every": 50},
+}
+
+
+def predictions(answer):
+    given = answer.PREDICTED
+    if all(value is None for value in given.values()):
+        raise NotImplementedError("exercise 9: predictions")
+    for name in TRUE:
+        if given.get(name) not in answer.CHOICES:
+            cause = "every line of PREDICTED has one of CHOICES, before anything is run"
+            raise Wrong(f"{name}: one of {', '.join(answer.CHOICES)}", given.get(name), cause)
+    for name, right in TRUE.items():
+        if given[name] != right:
+            print(f"predicted  {name} {given[name]}; it {right}")
+
+
+def cases():
+    for seed, (B, M, tau) in enumerate([(2, 3, 0.5), (5, 7, 2.0)]):
+        rng = np.random.default_rng(seed)
+        rewards, ratios = rng.normal(size=(2, B, M))
+        yield rewards, ratios, rng.normal(size=B), tau
+
+
+def residuals(rewards, ratios, values, tau):
+    return rewards - (values if values.ndim == 2 else values[:, None]) - tau * ratios
+
+
+def wrong_residuals(rewards, ratios, values, tau, measure):
+    V = values if values.ndim == 2 else values[:, None]
+    return {
+        "tau is not used": measure(rewards - V - ratios),
+        "the log-ratio is added: it is subtracted": measure(rewards - V + tau * ratios),
+        "the value is added: it is subtracted": measure(rewards + V - tau * ratios),
+        "the log-ratio is left out": measure(rewards - V),
+        "the value is left out": measure(rewards - tau * ratios),
+    }
+
+
+def rms_of(x):
+    return np.sqrt((x**2).mean())
+
+
+def within_of(x):
+    return np.sqrt(x.var(-1).mean())
+
+
+def tensors(*arrays):
+    return [torch.tensor(x, dtype=torch.float32) for x in arrays]
+
+
+def rms(answer):
+    for *case, tau in cases():
+        for values in (case[2], residuals(case[0], case[1], case[2] + 0.5, tau)):
+            given = case[0], case[1], values, tau
+            x = residuals(*given)
+            wrong = {
+                "the root is missing: that is the mean square": (x**2).mean(),
+                "the root of the sum, not of the mean": np.sqrt((x**2).sum()),
+                "the mean of delta: what is above 0 and below cancels": x.mean(),
+                "the mean of its size: rms squares first": np.abs(x).mean(),
+                "the deviation of delta: rms does not take the mean off": x.std(),
+                **wrong_residuals(*given, rms_of),
+            }
+            same(answer.residual_rms(*tensors(*given[:3]), tau), rms_of(x), wrong)
+
+
+def within(answer):
+    for *case, tau in cases():
+        for values in (case[2], residuals(case[0], case[1], case[2] + 0.5, tau)):
+            given = case[0], case[1], values, tau
+            x = residuals(*given)
+            wrong = {
+                "the variance divides by M - 1 (correction=0 divides by M)": np.sqrt(
+                    x.var(-1, ddof=1).mean()
+                ),
+                "the root is missing: that is the mean variance": x.var(-1).mean(),
+                "the mean of the deviations: the root comes last": x.std(-1).mean(),
+                "the deviation over all responses: V does not cancel between prompts": x.std(),
+                "the variance over prompts, where it is within each": np.sqrt(x.var(0).mean()),
+                "the rms: the mean of a prompt is not taken off": rms_of(x),
+                **wrong_residuals(*given, within_of),
+            }
+            same(answer.within_prompt(*tensors(*given[:3]), tau), within_of(x), wrong)
+
+
+def memorised(answer):
+    for rewards, ratios, _, tau in cases():
+        right = (rewards - tau * ratios).mean(-1)
+        wrong = {
+            "the mean reward: the log-ratio's part, tau l, belongs to it": rewards.mean(-1),
+            "tau is not used": (rewards - ratios).mean(-1),
+            "tau l is added: it is subtracted": (rewards + tau * ratios).mean(-1),
+            "the median has the least absolute error, not the least square": np.median(
+                rewards - tau * ratios, -1
+            ),
+            "the sum over responses, not their mean": (rewards - tau * ratios).sum(-1),
+            "one number for all prompts: V may give every prompt its own": np.full_like(
+                right, right.mean()
+            ),
+        }
+        same(answer.memorised_values(*tensors(rewards, ratios), tau), right, wrong)
+
+
+def objection(own):
+    """Why V would not memorise with these settings, or it could not be seen; empty if it would."""
+    if not isinstance(own, dict):
+        return f"settings() returns a dict, not a {type(own).__name__}"
+    if unknown := set(own) - set(MAY_SET):
+        return f"{', '.join(sorted(unknown))}: only {', '.join(MAY_SET)} may be set"
+    c = {"candidates": 8, "evolve": 1, "iterate": 1, "steps": 250, "lr": 1e-3, "value_lr": None}
+    c |= own
+    if c["steps"] > 400:
+        return f"{c['steps']} steps: at most 400, it is a classroom"
+    if c["candidates"] > 1:
+        return (
+            f"{c['candidates']} responses a prompt of unlike reward: no number a prompt fits them "
+            "all, so rms can't fall far below within_prompt; candidates 1"
+        )
+    if c["lr"] > 1e-5:
+        return (
+            f"the policy learns at {c['lr']:g}: then within_prompt falls because of what it has "
+            "learnt; hold it still with a tiny lr"
+        )
+    if (c["value_lr"] or c["lr"]) < 3e-4:
+        return f"V learns at {c['value_lr'] or c['lr']:g}, by default the policy's rate: value_lr"
+    return ""
+
+
+def run(answer):
+    if problem := objection(own := answer.settings()):
+        raise Wrong("residual/rms falls to less than half, within_prompt stays", own, problem)
+    with tempfile.TemporaryDirectory() as folder:
+        config = train.Config(**RUN, **own, out=f"{folder}/run")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.main(config)
+        except train.ConfigError as e:
+            raise Wrong("a run", own, f"such a run is refused: {e}") from None
+        lines = Path(f"{folder}/run/log.jsonl").read_text().splitlines()
+    print(verdict([json.loads(line) for line in lines]))
+
+
+def verdict(rows):
+    """What a log says of V, in words. Raises: Wrong where it has not memorised."""
+    rms = [row["residual/rms"] for row in rows]
+    inside = [row["residual/within_prompt"] for row in rows if "residual/within_prompt" in row]
+    last = sum(rms[-3:]) / 3  # of single batches
+    said = f"rms {rms[0]:.2f} -> {last:.2f}, within_prompt {inside[0]:.2f} -> {inside[-1]:.2f}"
+    if last > rms[0] / 2:
+        cause = "V has not memorised yet: more passes over the same few responses, or a higher rate"
+        raise Wrong("rms falls to less than half", said, cause)
+    if inside[-1] < inside[0] / 2:
+        raise Wrong("within_prompt stays", said, "the policy has learnt too: hold it still")
+    return said
+
+
+PROPERTIES = [
+    Property("predictions", 1, predictions),
+    Property("residual/rms", 2, rms),
+    Property("residual/within_prompt", 2, within),
+    Property("the values that V learns by heart", 2, memorised),
+    Property("a run in which V memorises", 3, run),
+]

@@ -1,0 +1,158 @@
+"""What a right answer to exercise 10 does."""
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import train
+from exercises.judge import Property, Wrong
+from objectives import OBJECTIVES, Objective
+
+FORBIDDEN = ("lire", "dro", "baselines", "objectives", "harness", "tests")
+SEEDS = (0, 1, 2)
+LEVELS = (0.35, 0.45, 0.55)  # efficiencies; each is worth two points
+START = {
+    **{"candidates": 4, "sample_temperature": 0.2, "evolve": 6, "iterate": 1, "temperature": 2.0},
+    **{"sft_weight": 0.0, "score": "sum", "reward_norm": "softmax", "lr": 2e-3},
+}
+LIRE_ALONE = ("temperature", "sft_weight", "score", "reward_norm")
+MOST = {"candidates": 16, "evolve": 12, "iterate": 20}
+RUN = {  # the rest of the run: small enough for a few seconds
+    **{"objective": "lire", "task": "tiny", "device": "cpu", "steps": 120},
+    **{"layers": 1, "heads": 2, "width": 64},
+    **{"reference_steps": 150, "reference_batch": 8, "reference_lr": 3e-3},
+    **{"eval_prompts": 20, "eval_samples": 16, "eval_every": 20},
+}
+
+
+def number(got, right, mistakes):
+    """Is a float what was expected? mistakes {sentence: the number that it gives}."""
+    if not isinstance(got, (int, float)) or isinstance(got, bool):
+        raise Wrong(
+            f"a number, {right:g}", got, f"a float is asked for, not a {type(got).__name__}"
+        )
+    if abs(got - right) < 1e-6:
+        return
+    causes = [cause for cause, value in mistakes.items() if abs(got - value) < 1e-6]
+    raise Wrong(f"{right:g}", f"{got:g}", causes[0] if causes else "count the example by hand")
+
+
+def different(answer):
+    a, b, c, d, e = [5, 9], [7, 9], [8, 9], [4, 9], [6, 9]
+    lists = [[a, a, b], [a, b, c], [d, d, d], [e, e, a], [[1, 9], [2, 9]]]
+    shares = [2 / 3, 3 / 3, 1 / 3, 2 / 3, 2 / 2]
+    mistakes = {
+        "a mean over all candidates: every list counts the same, however long it is": 10 / 14,
+        "what differs in the whole pool is counted, not what differs within each list": 7 / 14,
+        "the share of lists without a double: a list counts by how many of it differ": 2 / 5,
+        "the share of doubles: the different ones are asked for": 1 - sum(shares) / 5,
+        "the number of different candidates in a list, not their share": 10 / 5,
+        "a count over all lists, not a share": 10,
+        "only the lengths are compared: two responses are alike where all ids are": (
+            (1 + 1 + 1 + 1) / 3 + 1 / 2
+        )
+        / 5,
+    }
+    number(answer.different(lists), sum(shares) / 5, mistakes)
+
+
+def tied(answer):
+    all_alike = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [2.0, 2.0], [-1.0, -1.0]]
+    some_alike = [[1.0, 2.0, 1.0], [4.0, 4.0, 3.0]]
+    unlike = [[3.0, 4.0, 5.0], [7.0, 8.0], [9.0, 8.0]]
+    mistakes = {
+        "a list with any two equal rewards is counted: all of them have to be equal": 6 / 9,
+        "a list whose single reward is 0 is tied too": 3 / 9,
+        "the share of lists that are not tied": 5 / 9,
+        "a count, not a share": 4,
+        "rewards are compared over all lists: a list is tied by itself": 0,
+    }
+    number(answer.tied(all_alike + some_alike + unlike), 4 / 9, mistakes)
+
+
+def objection(own):
+    """What is wrong with settings, in words; empty where nothing is."""
+    if not isinstance(own, dict):
+        return f"settings() returns a dict, not a {type(own).__name__}"
+    if unknown := set(own) - set(START):
+        return f"{', '.join(sorted(unknown))}: only {', '.join(START)} may be set"
+    for name, most in MOST.items():
+        if own.get(name, 0) > most:
+            return f"{name} {own[name]}: at most {most}, it is a classroom"
+    return ""
+
+
+RUNS = {}  # of this answer, made once: the mean efficiency
+
+
+def efficiency(answer):
+    """The mean efficiency of the answer's run over SEEDS, and its rounds, printed."""
+    if "mean" in RUNS:
+        return RUNS["mean"]
+    own = answer.settings()
+    if problem := objection(own):
+        raise Wrong("a dict of settings", own, problem)
+    settings = {**RUN, **START, **own}
+    if answer.loss is not None:
+        settings |= {"objective": "own"} | dict.fromkeys(LIRE_ALONE)
+        loss = lambda c, x: {"loss": answer.loss(x.logps, x.ref_logps, x.rewards, x.mask)}
+        OBJECTIVES["own"] = Objective(loss, {}, {"lists", "reference"})
+    found = []
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as folder:
+            config = train.Config(**settings, seed=seed, out=f"{folder}/run")
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    metrics = train.main(config)
+            except (train.ConfigError, FloatingPointError) as e:
+                raise Wrong("a run", own, f"such a run ends early: {e}") from None
+            lines = Path(f"{folder}/run/log.jsonl").read_text().splitlines()
+        found.append(metrics["efficiency"] or 0.0)
+        show(seed, [json.loads(line) for line in lines], metrics)
+    RUNS["mean"] = sum(found) / len(found)
+    print(f"mean efficiency {RUNS['mean']:.2f}")
+    return RUNS["mean"]
+
+
+def show(seed, rows, metrics):
+    """Print what the rounds of a run were like."""
+    last = {row["round"]: row for row in rows}  # of each round
+    for name in ("lists/distinct", "lists/tied"):
+        shares = " ".join(f"{row[name]:4.0%}" for row in last.values())
+        print(f"seed {seed}  {name:15} {shares}")
+    known = metrics["efficiency"]
+    shown = f"{known:.2f}" if known is not None else "- (it has hardly moved)"
+    print(
+        f"seed {seed}  reward {metrics['policy_reward']:.2f}, KL {metrics['kl']:.2f}, "
+        f"efficiency {shown}"
+    )
+
+
+def reaches(level):
+    def holds(answer):
+        reached = efficiency(answer)
+        if reached < level:
+            raise Wrong(f"at least {level}", f"{reached:.2f}", advice(answer.settings()))
+
+    return holds
+
+
+def advice(own):
+    """What to look at next, of the settings that were tried."""
+    c = {**START, **own}
+    if c["sample_temperature"] < 0.7:
+        return "cold samples are alike from the first round on: look at lists/distinct of round 1"
+    if c["candidates"] < 8:
+        return "few candidates rarely hold both a good and a bad answer: more of them"
+    if c["temperature"] < 4:
+        return "P is nearly one-hot at this T, and such lists teach nothing (exercise 4)"
+    return "where do lists/distinct and lists/tied turn? A smaller lr, or an anchor (sft_weight)"
+
+
+PROPERTIES = [
+    Property("how many candidates differ", 2, different),
+    Property("how many lists are tied", 2, tied),
+    *(Property(f"mean efficiency of {level}", 2, reaches(level)) for level in LEVELS),
+]

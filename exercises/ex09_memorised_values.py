@@ -1,0 +1,66 @@
+"""Exercise 9 (predict, then run, 25 minutes): a value network that has memorised its prompts.
+
+DRO makes a residual small, for every response y_j of every prompt x (exercise 8):
+
+    delta_j = r_j - V(x) - tau l_j,      l_j = log pi(y_j|x) - log pi_ref(y_j|x)
+
+A log of a run has two numbers about it:
+
+    residual/rms             the root of the mean of delta^2, over all responses
+    residual/within_prompt   the root of the mean over prompts of the variance of delta within a
+                             prompt: V(x) is the same for all responses of a prompt, so it cancels
+
+Three runs in your head. In all of them the policy stays what it was, l = 0, so nothing has been
+learnt; V alone is trained, for as long as you like, on the same responses again and again.
+
+    single   every prompt has one response, and V can give every prompt a number of its own
+    lists    every prompt has eight responses of unlike reward, V again a number a prompt
+    seeing   lists again, and a V that is shown the response too: V(x, y_j)
+
+1. Predict, before you write a line: what do the two numbers, of the same responses, do in each?
+   Choose from CHOICES. A single response has no variance within its prompt: that one is given.
+   Predictions are not graded for being right; what is true is shown to you after.
+2. Write the three functions. B prompts, M responses each:
+       rewards, ratios [B, M]; ratios are l; values [B] is V(x), or [B, M] for a V that sees y
+3. Run it: give the settings of a run on the task "tiny" in which V memorises. The checker makes the
+   run, a few seconds, and reads residual/rms of the training batches and residual/within_prompt of
+   held-out prompts with eight samples each. The first must fall to less than half, and the second
+   must not: this is how one sees it in a log.
+
+A worked example. One prompt, r = (1, 3), l = (0, 0), tau = 1, V = 2: delta = (-1, 1), rms = 1,
+within_prompt = 1. With V = 0: delta = (1, 3), rms = sqrt 5 = 2.236, and within_prompt still 1.
+
+    python -m exercises.check 9
+"""
+
+from torch import Tensor
+
+CHOICES = ("falls to 0", "falls, but not to 0", "stays")
+PREDICTED = {
+    "single: residual/rms": None,
+    "lists: residual/rms": None,
+    "lists: residual/within_prompt": None,
+    "seeing: residual/rms": None,
+    "seeing: residual/within_prompt": None,
+}
+
+
+def residual_rms(rewards: Tensor, ratios: Tensor, values: Tensor, tau: float) -> Tensor:
+    """residual/rms, a tensor without dimensions."""
+    raise NotImplementedError("exercise 9: the residual")
+
+
+def within_prompt(rewards: Tensor, ratios: Tensor, values: Tensor, tau: float) -> Tensor:
+    """residual/within_prompt, a tensor without dimensions; the variance divides by M."""
+    raise NotImplementedError("exercise 9: the residual within a prompt")
+
+
+def memorised_values(rewards: Tensor, ratios: Tensor, tau: float) -> Tensor:
+    """The values [B], a number a prompt, for which residual_rms is least."""
+    raise NotImplementedError("exercise 9: what V learns by heart")
+
+
+def settings() -> dict:
+    """Of the run: candidates (responses a prompt), evolve (0: logged responses, 1: samples of the
+    reference), iterate (passes over them), steps (at most 400), lr of the policy, value_lr of V."""
+    raise NotImplementedError("exercise 9: the settings of a run")
