@@ -12,7 +12,7 @@ from objectives import OBJECTIVES, Objective
 
 FORBIDDEN = ("lire", "dro", "baselines", "objectives", "harness", "tests")
 SEEDS = (0, 1, 2)
-LEVELS = (0.35, 0.45, 0.55)  # efficiencies; each is worth two points
+LEVELS = (0.35, 0.5, 0.6)  # efficiencies; each is worth two points
 START = {
     **{"candidates": 4, "sample_temperature": 0.2, "evolve": 6, "iterate": 1, "temperature": 2.0},
     **{"sft_weight": 0.0, "score": "sum", "reward_norm": "softmax", "lr": 2e-3},
