@@ -238,7 +238,7 @@ def check_end(answer, tau, coefficient, right):
     got = answer.end_point(tau, coefficient)
     if isinstance(got, torch.Tensor) and got.shape == (3,):
         if not got.isfinite().all() or got.max() > 1 - 1e-6:
-            cause = "it diverges, and should not here: a turned sign, a large rate, another coefficient?"
+            cause = "it diverges, and should not: a turned sign, a large rate, another coefficient?"
             raise Wrong(right, got, cause)
     try:
         same(got, right, tolerance=2e-3)
