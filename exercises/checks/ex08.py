@@ -1,0 +1,309 @@
+"""What a right answer to exercise 8 does."""
+
+import functools
+
+import numpy as np
+import torch
+
+from exercises.judge import Property, Wrong, as_array, same
+
+FORBIDDEN = ("dro", "objectives", "frontier", "train", "harness", "experiments", "tests")
+
+REF, REWARDS = np.array([0.5, 0.3, 0.2]), np.array([1.0, 0.0, -1.0])
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def batch(N, seed):
+    """Random logps, ref_logps, rewards and values [N]."""
+    rng = np.random.default_rng(seed)
+    logps = rng.normal(size=N) * 2 - 6
+    return logps, logps + rng.normal(size=N), rng.normal(size=N), rng.normal(size=N)
+
+
+def parts(logps, ref_logps, rewards, values, tau):
+    """l, r - V and the residual."""
+    ratios, advantages = logps - ref_logps, rewards - values
+    return ratios, advantages, advantages - tau * ratios
+
+
+def policy_loss(logps, ref_logps, rewards, values, tau):
+    ratios, advantages, _ = parts(logps, ref_logps, rewards, values, tau)
+    return -logps * advantages + tau / 2 * ratios**2
+
+
+def value_loss(*case):
+    return parts(*case)[2] ** 2 / 2
+
+
+def wrong_policies(logps, ref_logps, rewards, values, tau):
+    ratios, advantages, residuals = parts(logps, ref_logps, rewards, values, tau)
+    right, pull = policy_loss(logps, ref_logps, rewards, values, tau), tau / 2 * ratios**2
+    printed, whole = -logps * advantages + ratios**2 / 2, -logps * advantages + tau * ratios**2
+    wrong = {
+        "the printed 1/2 stands before l^2: Eq. 8 times 1/tau has another number there": printed,
+        "tau stands before l^2: the derivative of a square has a factor 2": whole,
+    }
+    if tau == 0.5:  # where these two are one number
+        wrong = {"1/2 stands before l^2, or tau, which is 1/2 here: derive that number": printed}
+    return wrong | {
+        "Eq. 8 without its factor 1/tau: divide by tau": tau * right,
+        "the first term's sign is turned: r above V has to raise logps": logps * advantages + pull,
+        "the second term's sign is turned: it holds the policy at pi_ref": (
+            -logps * advantages - pull
+        ),
+        "l is not squared": -logps * advantages + tau / 2 * ratios,
+        "tau is squared too: Eq. 4 has tau^2 l^2, and 1/tau takes one of the two away": (
+            -logps * advantages + tau**2 / 2 * ratios**2
+        ),
+        "logps is squared where l belongs: ref_logps is missing": (
+            -logps * advantages + tau / 2 * logps**2
+        ),
+        "l stands before r - V, where logps does in the box: only the gradient is the same": (
+            -ratios * advantages + pull
+        ),
+        "V is missing: r alone weighs logps": -logps * rewards + pull,
+        "the residual stands where r - V belongs: tau l is in the loss twice": (
+            -logps * residuals + pull
+        ),
+        "-logps x residual: its gradient is right if the residual is detached, its value is not": (
+            -logps * residuals
+        ),
+        "Eq. 4 over tau: the gradient is right, but the two terms of the box are asked for": (
+            residuals**2 / 2 / tau
+        ),
+        "logps - ref_logps is turned around or added: l is log pi - log pi_ref": (
+            -logps * advantages + tau / 2 * (logps + ref_logps) ** 2
+        ),
+    }
+
+
+def wrong_values(logps, ref_logps, rewards, values, tau):
+    ratios, advantages, residuals = parts(logps, ref_logps, rewards, values, tau)
+    return {
+        "the factor 1/2 of the square is missing": residuals**2,
+        "tau is missing before l": (advantages - ratios) ** 2 / 2,
+        "tau/2 stands before l: it belongs to the policy's loss": (
+            (advantages - tau / 2 * ratios) ** 2 / 2
+        ),
+        "tau l is added to r: it is subtracted": (advantages + tau * ratios) ** 2 / 2,
+        "tau l is missing: V is not the mean of r, but of r - tau l": advantages**2 / 2,
+        "V is added: the residual is what V does not explain": (
+            (rewards + values - tau * ratios) ** 2 / 2
+        ),
+        "the residual is not squared": residuals / 2,
+        "tau / 2 stands before the square: it is 1/2, as in Eq. 4": tau / 2 * residuals**2,
+    }
+
+
+def tensors(*arrays):
+    return [torch.tensor(x, dtype=torch.float32) for x in arrays]
+
+
+def both(result):
+    """The two losses that an answer returned."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise Wrong("two tensors, (policy losses, value losses)", result, "return both, as a tuple")
+    return result
+
+
+def check_losses(answer, *case):
+    policy, value = both(answer.losses(*tensors(*case[:4]), case[4]))
+    same(policy, policy_loss(*case), wrong_policies(*case))
+    same(value, value_loss(*case), wrong_values(*case))
+
+
+WORKED = [np.array(x) for x in ([-3, -5.0], [-3.5, -4.2], [1, -0.5], [0.2, 0.1])]
+
+
+def worked_example(answer):
+    check_losses(answer, *WORKED, 0.5)
+    check_gradients(answer, *WORKED, 0.5)
+
+
+def odd_sizes(answer):
+    for seed, (N, tau) in enumerate([(3, 0.3), (7, 5.0), (1, 2.0)]):
+        check_losses(answer, *batch(N, seed), tau)
+
+
+def gradients_of(losses, given):
+    """d sum / d each of what was given, zeros where nothing arrives."""
+    found = [None] * len(given)
+    if losses.requires_grad:
+        found = torch.autograd.grad(losses.sum(), given, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(given, found)]
+
+
+HELD = {
+    "policy": (
+        "",
+        "the policy's loss reaches ref_logps: the reference is data, detach it",
+        "the policy's loss reaches the rewards: they are data, detach them",
+        "the policy's loss reaches V, which Eq. 8 holds fixed: detach the values there",
+    ),
+    "value": (
+        "the value's loss reaches logps, and the policy is held fixed in Eq. 7: detach l there",
+        "the value's loss reaches ref_logps: the reference is data, detach it",
+        "the value's loss reaches the rewards: they are data, detach them",
+        "",
+    ),
+}
+
+
+def check_gradients(answer, *case):
+    given = [x.requires_grad_() for x in tensors(*case[:4])]
+    ratios, advantages, residuals = parts(*case)
+    slopes = {}
+    for (name, causes), losses in zip(HELD.items(), both(answer.losses(*given, case[4]))):
+        if not isinstance(losses, torch.Tensor):
+            raise Wrong("a tensor", losses, "the losses have to be tensors, with their gradients")
+        slopes[name] = gradients_of(losses, given)
+        for cause, slope in zip(causes, slopes[name]):
+            if cause and slope.abs().max() > 0:
+                raise Wrong("no gradient there", slope, cause)
+    wrong = {
+        "no gradient reaches logps: the whole loss is detached": np.zeros_like(ratios),
+        "l^2 has no gradient: the policy's own l must not be detached": -advantages,
+        "-logps (r - V) has no gradient: logps must not be detached there": case[4] * ratios,
+    }
+    unmoved = {"no gradient reaches V: V learns from its own loss": np.zeros_like(ratios)}
+    try:
+        same(slopes["policy"][0], -residuals, wrong)
+        same(slopes["value"][3], -residuals, unmoved)
+    except Wrong:
+        check_losses(answer, *case)  # what is wrong with a value says more than its gradient
+        raise
+
+
+def gradients(answer):
+    for seed, (N, tau) in enumerate([(3, 0.3), (5, 2.0)]):
+        check_gradients(answer, *batch(N, 10 + seed), tau)
+
+
+# --------------------------------------------------------------------------- where the descent ends
+
+
+def optimum(tau):
+    """pi* of Eq. 2."""
+    odds = REF * np.exp(REWARDS / tau)
+    return odds / odds.sum()
+
+
+@functools.cache
+def descend(tau, coefficient, mu=tuple(REF), value=None, rate=0.5, steps=2000):
+    """The policies [steps, 3] on the way; V is learned, or held at `value`. In closed form:
+
+    d / d logits of sum mu loss = g - pi sum(g), g = mu d loss / d log pi.
+    """
+    mu, logits, path = np.array(mu), np.log(REF), []
+    V = 0.0 if value is None else value
+    for _ in range(steps):
+        logps = logits - np.log(np.exp(logits).sum())
+        ratios, probs = logps - np.log(REF), np.exp(logps)
+        path.append(probs)
+        slopes = mu * (-(REWARDS - V) + 2 * coefficient * ratios)
+        if value is None:
+            V += rate * (mu * (REWARDS - tau * ratios - V)).sum()
+        logits = logits - rate * (slopes - probs * slopes.sum())
+    return np.array(path)
+
+
+def wrong_ends(tau, coefficient, got):
+    """Usual mistakes, and where they end; the last is a descent that was stopped too early."""
+    right = descend(tau, coefficient)[-1]
+    even = (1 / 3, 1 / 3, 1 / 3)
+    ways = np.concatenate([descend(tau, coefficient, rate=rate) for rate in (0.5, 0.1)])
+    held, own = descend(tau, coefficient, value=0.0), as_array(got, right)
+    return {
+        "this is pi_ref, where the descent starts: does a step change anything?": REF,
+        "log pi, where pi is asked for": np.log(right),
+        "the logits' gap to pi_ref, l, where pi is asked for": np.log(right / REF),
+        "this is pi*, whatever coefficient is given: with this one it ends elsewhere": optimum(tau),
+        "this is where 1/2 ends: the coefficient that is given is not used": descend(tau, 0.5)[-1],
+        "the pi* of tau = 2 x coefficient: the value's loss keeps tau, and the responses come from "
+        "mu = pi_ref, not from the policy": optimum(2 * coefficient),
+        "V stays 0: it takes steps too, down its own loss": held[-1],
+        "every response weighs the same: mu = pi_ref gives .5, .3 and .2": (
+            descend(tau, coefficient, mu=even)[-1]
+        ),
+        "the coefficient is halved once more": descend(tau, coefficient / 2)[-1],
+        "a point on the way: take more steps, until nothing moves": (
+            ways[np.abs(ways - own).sum(-1).argmin()]
+        ),
+    }
+
+
+def check_end(answer, tau, coefficient, right):
+    got = answer.end_point(tau, coefficient)
+    if isinstance(got, torch.Tensor) and got.shape == (3,):
+        if not got.isfinite().all() or got.max() > 1 - 1e-6:
+            cause = "it diverges, and should not: a turned sign, a large rate, another coefficient?"
+            raise Wrong(right, got, cause)
+    try:
+        same(got, right, tolerance=2e-3)
+    except Wrong:  # only now, as the mistakes take half a second to compute
+        same(got, right, wrong_ends(tau, coefficient, got), tolerance=2e-3)
+
+
+def right_ends(answer):
+    for tau in (0.5, 2.0):
+        check_end(answer, tau, tau / 2, optimum(tau))
+
+
+def other_ends(answer):
+    for tau, coefficient in ((0.1, 0.5), (0.5, 0.5), (2.0, 0.5), (1.5, 0.6)):
+        check_end(answer, tau, coefficient, descend(tau, coefficient)[-1])
+
+
+ENDS = at_the_optimum, between, beyond, nowhere = (
+    "at pi*",
+    "between pi_ref and pi*",
+    "beyond pi*, seen from pi_ref",
+    "nowhere: it diverges",
+)
+
+STILL = "print pi every 100 steps: it comes to rest"
+MOVING = "print V every 100 steps: it never comes to rest, it grows faster and faster"
+WRONG_ENDS = {
+    "PRINTED_AT_HALF": {
+        at_the_optimum: "exercise 7 has pi* in closed form: at tau = .5 it is another policy",
+        beyond: "compare pi(y) of the best response with pi_ref's and pi*'s, one after the other",
+        nowhere: STILL,
+    },
+    "PRINTED_AT_FIVE": {
+        at_the_optimum: MOVING,
+        between: MOVING + " (a limit on the steps hides it)",
+        beyond: "it passes pi* and goes on: print V every 100 steps, does it come to rest?",
+    },
+}
+
+
+def answers(answer):
+    given = {name: getattr(answer, name) for name in ("AGREE_AT_TAU", *WRONG_ENDS)}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        raise NotImplementedError("exercise 8: the three answers")
+    if missing:
+        raise Wrong("an answer", "None", f"{missing[0]} is not answered yet")
+    tau = given["AGREE_AT_TAU"]
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)):
+        raise Wrong("a number", tau, "AGREE_AT_TAU is a tau, a number")
+    if abs(tau - 1) > 1e-6:
+        cause = "at this tau the number that you derived is not the printed 1/2"
+        raise Wrong("the tau at which both end at the same policy", tau, cause)
+    for name, causes in WRONG_ENDS.items():
+        if given[name] not in ENDS:
+            raise Wrong("a string of ENDS", given[name], f"{name} is none of the strings in ENDS")
+        if given[name] in causes:
+            raise Wrong("another end", given[name], f"{name}: {causes[given[name]]}")
+
+
+PROPERTIES = [
+    Property("the worked example", 2, worked_example),
+    Property("both losses, batches of odd sizes", 2, odd_sizes),
+    Property("each gradient reaches its own network alone", 2, gradients),
+    Property("with the derived coefficient the descent ends at pi*", 1, right_ends),
+    Property("with another coefficient it ends elsewhere", 2, other_ends),
+    Property("where the two coefficients agree, and what happens below and above", 1, answers),
+]
