@@ -86,7 +86,7 @@ def passes_to_try(size: int, passes: tuple[int, ...]) -> list[int]:
 
 def most_reward(tried: dict[int, float | None]) -> int:
     """The passes of most reward, the fewest where several earn it; None is a run that failed."""
-    return max(tried, key=lambda n: (tried[n] is not None, tried[n] or 0.0, -n))
+    return max(tried, key=lambda x: (tried[x] is not None, tried[x] or 0.0, -x))
 
 
 def reward_at(path: list[tuple[float, float]], kl: float) -> float | None:

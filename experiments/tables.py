@@ -1,15 +1,10 @@
 """Tables of runs: `python -m experiments.tables NAME` prints one and writes results/NAME.json.
 
-sft         dialogue with and without the SFT term, defaults and authors' T   5 seeds
-summary     summary with the defaults; trained on shuffled prompts            3 seeds
-candidates  M = 2, 4, 8, 16 candidates a prompt                               3 seeds
-evolve      1, 2, 3, 5 Evolve rounds at the same number of updates            3 seeds
-objective   the authors' T, rewards and score against others                  3 seeds
-shuffled    dialogue trained on shuffled prompts                              3 seeds
-dro         DRO and KTO on dialogue: reference samples, pools of the policy   5 seeds
-dro-t5      reference samples on the T5                                       5 seeds
-dro-logged  the same on the task's own logged responses                       5 seeds
-dro-ablations   DRO's tau, value network and learning rates                   3 seeds
+lire           rounds, SFT term, the authors' T, the mean score, shuffled prompts   3 seeds
+candidates     M = 2, 4, 8, 16 candidates a prompt                                  3 seeds
+summary        the second world, and trained on shuffled prompts                    3 seeds
+dro            DRO-V offline on GPT and T5; on the task's own logged answers        5 seeds
+dro-ablations  DRO's tau, value network and learning rates                          3 seeds
 """
 
 import argparse
@@ -22,11 +17,11 @@ from train import Config
 
 LIRE_COLUMNS = """
     policy_reward reference_reward best_of_8_reward win_rate kl efficiency ood_policy_reward
-    ood_reference_reward ood_best_of_8_reward policy_distinct
+    policy_distinct policy_broken lists_tied
 """.split()
 DRO_COLUMNS = """
-    policy_reward reference_reward win_rate kl efficiency value_error value_correlation
-    ood_policy_reward ood_efficiency
+    policy_reward reference_reward win_rate kl optimum_kl efficiency kl_from_optimum value_error
+    value_correlation policy_broken ood_policy_reward ood_efficiency
 """.split()
 SUMMARY_COLUMNS = """
     policy_reward reference_reward best_of_8_reward win_rate kl policy_covered reference_covered
@@ -48,91 +43,58 @@ def rows(settings: dict[str, dict], **common: Any) -> dict[str, dict]:
     return {row: {**common, **own} for row, own in settings.items()}
 
 
+OFFLINE = {"evolve": 1}
 AUTHORS = {"temperature": 2.0, "lr": 5e-4}  # LIRE's T in its paper, and a rate that suits it here
-DRO_ROWS = rows(
-    {f"dro, tau {tau}": {"tau": tau} for tau in (0.5, 0.2)}, objective="dro", evolve=1, lr=5e-4
-)
-DRO_POOLS = {
-    f"{row}, --evolve 10 --lr 1e-3": {**settings, "evolve": 10, "lr": 1e-3}
-    for row, settings in DRO_ROWS.items()
-}
-KTO_ROWS = rows(
-    {f"kto, beta {beta:g}": {"beta": beta} for beta in (0.2, 1.0, 5.0)},
-    objective="kto",
-    evolve=1,
-    lr=5e-4,
-)
 ABLATIONS = {
     **{f"tau {tau}": {"tau": tau} for tau in (0.2, 0.5, 1.0, 5.0)},
     "V per batch": {"value": "batch"},
     "shared": {"share_networks": True},
     "shared, V per batch": {"share_networks": True, "value": "batch"},
-    **{f"both lr x {k:g}": {"lr": k * 5e-4} for k in (0.25, 4)},
-    **{f"value lr x {k:g}": {"value_lr": k * 5e-4} for k in (0.25, 4)},
+    **{f"both lr x {k:g}": {"lr": k * 1e-3} for k in (0.25, 0.5, 2)},
+    **{f"value lr x {k:g}": {"value_lr": k * 1e-3} for k in (0.25, 4)},
 }
 TABLES = {
-    "sft": Table(
+    "lire": Table(
         LIRE_COLUMNS,
-        5,
+        3,
         {
-            "defaults (T 16, lr 1e-3, sft_weight 0.1)": {},
-            "T 16, lr 1e-3, sft_weight 0": {"sft_weight": 0.0},
-            "T 2, lr 5e-4, sft_weight 0.1": AUTHORS,
-            "T 2, lr 5e-4, sft_weight 0": {**AUTHORS, "sft_weight": 0.0},
+            "10 rounds, the default": {},
+            "5 rounds": {"evolve": 5},
+            "2 rounds": {"evolve": 2},
+            "1 round: offline": OFFLINE,
+            "10 rounds without the SFT term": {"sft_weight": 0.0},
+            "offline without the SFT term": {**OFFLINE, "sft_weight": 0.0},
+            "the authors' T, 2, at lr 5e-4": AUTHORS,
+            "means per token, T 0.5": {"score": "mean", "temperature": 0.5},
+            "trained on shuffled prompts": {"shuffle_prompts": True},
         },
     ),
-    "evolve": Table(
-        LIRE_COLUMNS,
-        3,
-        rows({f"{n} round{'s' * (n > 1)}": {"evolve": n} for n in (1, 2, 3, 5)}, **AUTHORS),
-    ),
     "candidates": Table(
-        LIRE_COLUMNS, 3, rows({f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)}, **AUTHORS)
-    ),
-    "objective": Table(
-        LIRE_COLUMNS,
-        3,
-        rows(
-            {
-                "T 2, sums, softmax rewards": {},
-                "T 1": {"temperature": 1.0},
-                "T 4": {"temperature": 4.0},
-                "rewards as they are": {"reward_norm": "none"},
-                "rewards z-scored in the list": {"reward_norm": "zscore"},
-                "mean score": {"score": "mean"},
-            },
-            **AUTHORS,
-        ),
+        LIRE_COLUMNS, 3, rows({f"M = {M}": {"candidates": M} for M in (2, 4, 8, 16)})
     ),
     "summary": Table(
         SUMMARY_COLUMNS,
         3,
         rows(
-            {
-                "defaults": {},
-                "T 2, lr 5e-4": AUTHORS,
-                "defaults, trained on shuffled prompts": {"shuffle_prompts": True},
-            },
+            {"defaults": {}, "trained on shuffled prompts": {"shuffle_prompts": True}},
             task="summary",
         ),
     ),
-    "shuffled": Table(
-        LIRE_COLUMNS,
-        3,
-        rows(
-            {"its own prompts": {}, "trained on shuffled prompts": {"shuffle_prompts": True}},
-            **AUTHORS,
-        ),
-    ),
-    "dro": Table(DRO_COLUMNS, 5, {**DRO_ROWS, **DRO_POOLS, **KTO_ROWS}),
-    "dro-t5": Table(DRO_COLUMNS, 5, rows({**DRO_ROWS, **KTO_ROWS}, model="t5")),
-    "dro-logged": Table(
+    "dro": Table(
         DRO_COLUMNS,
         5,
-        {row: {**own, "evolve": 0} for row, own in {**DRO_ROWS, **KTO_ROWS}.items()},
+        rows(
+            {
+                "GPT, samples of the reference": {},
+                "T5, samples of the reference": {"model": "t5"},
+                "GPT, logged answers": {"evolve": 0},
+            },
+            objective="dro",
+            tau=0.5,
+        ),
     ),
     "dro-ablations": Table(
-        DRO_COLUMNS, 3, rows(ABLATIONS, objective="dro", tau=0.5, evolve=1, lr=5e-4)
+        DRO_COLUMNS, 3, rows(ABLATIONS, objective="dro", tau=0.5, lr=1e-3, steps=250)
     ),
 }
 
