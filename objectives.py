@@ -35,7 +35,7 @@ Losses = dict[str, Tensor]
 
 
 def lire_scores(c: Any, x: Inputs) -> Tensor:
-    """What LIRE's softmax compares [B, M]: log-probs, or their means per token."""
+    """What LIRE's distribution compares [B, M]: log-probs, or their means per token."""
     return x.logps / x.lengths.clamp_min(1) if c.score == "mean" else x.logps
 
 
@@ -229,7 +229,7 @@ def common_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
 
 
 def lire_metrics(c: Any, x: Inputs) -> dict[str, Tensor]:
-    """The listwise softmax: what it expects to earn, and how far it has saturated."""
+    """The listwise distribution: what it expects to earn, and how far it has saturated."""
     P = lire.candidate_probs(lire_scores(c, x), x.mask, c.temperature)
     largest = P.max(-1).values
     return {
@@ -246,7 +246,7 @@ def lire_warning(metrics: dict) -> str | None:
     if share <= 0.9:
         return None
     return (
-        "the listwise softmax has collapsed: one candidate holds over 99 % in "
+        "the listwise distribution has collapsed: one candidate holds over 99 % in "
         f"{share:.0%} of the lists; try a higher --temperature or --score mean"
     )
 

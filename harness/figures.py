@@ -1,9 +1,9 @@
 """A run's picture, from its files: `python -m harness.figures out/lire-dialogue-0` draws it anew.
 
 Over the steps: reward and KL on held-out prompts, the loss, and what the objective is known by
-(LIRE's listwise softmax, DRO's residuals). Beside them the reward-KL plane with the optimum and the
-way of the policy, and DRO's V(x) against V*(x). matplotlib is needed where something is drawn, and
-only there.
+(LIRE's listwise distribution, DRO's residuals). Beside them the reward-KL plane with the optimum
+and the way of the policy, and DRO's V(x) against V*(x). matplotlib is needed where something is
+drawn, and only there.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CURVES = {  # title -> {column of log.jsonl: label}; the first column decides if
     "KL to the reference, nats": {"kl": None},
     "loss": {"loss": None},
     "DRO's losses": {"loss/policy": "policy", "loss/value": "value"},
-    "listwise softmax": {
+    "listwise distribution": {
         "candidates/max_prob": "largest P",
         "candidates/entropy": "entropy of P, nats",
     },

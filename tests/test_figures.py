@@ -40,7 +40,7 @@ def test_a_run_is_drawn_from_copies_of_its_files(finished, pictures, tmp_path, m
     pytest.importorskip("matplotlib")
     assert pictures is figures.draw
     titles = panels(copied(finished[0], tmp_path / "copy"), pictures, monkeypatch)
-    assert {"listwise softmax", "reward against KL", "loss"} <= set(titles)
+    assert {"listwise distribution", "reward against KL", "loss"} <= set(titles)
     assert "value network, held-out prompts" not in titles
 
 
@@ -65,7 +65,7 @@ def test_dro_shows_its_residuals_and_its_values(tmp_path, pictures, monkeypatch)
     train.main(small(tmp_path / "run", objective="dro", reference_steps=2, steps=4))
     titles = panels(tmp_path / "run", pictures, monkeypatch)
     assert any(title.startswith("residual") for title in titles)
-    assert "value network, held-out prompts" in titles and "listwise softmax" not in titles
+    assert "value network, held-out prompts" in titles and "listwise distribution" not in titles
 
 
 def test_without_matplotlib_it_says_which_package_would_draw(finished, monkeypatch, pictures):
