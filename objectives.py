@@ -296,6 +296,8 @@ class Objective(NamedTuple):
     strength: str | None = None
     # Rounds, on a task; 1 is offline, on samples of the reference.
     evolve: int = 1
+    # Other options of every run that it has a default of its own for, on a task.
+    on_tasks: dict[str, Any] = {}
     # Why its options don't go together; empty where they do.
     conflict: Callable[[Any], str] = lambda c: ""
     # What the rewards of a file decide; ValueError where rewards teach nothing.
@@ -340,6 +342,8 @@ OBJECTIVES = {
         {"reference", "values"},
         reward_norm=("global", "none"),
         strength="tau",
+        # V and policy learn more from many prompts than from many answers to each.
+        on_tasks={"candidates": 2, "batch_size": 64, "steps": 1600},
         conflict=dro_conflict,
         metrics=dro_metrics,
         residual=dro_residual,

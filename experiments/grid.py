@@ -5,9 +5,11 @@
 Every objective begins in the middle of RATES and of its ladder (experiments.compare), with the
 rows beside that (one rate or one strength away), and goes on from its best row to the rows beside
 it, until none is better: so a best row has neighbours on all sides, or is at the end of a ladder.
-Judged by the reward of its samples on training prompts, each policy with the reference alone; rows
-that failed or collapsed are out. One seed, 200 updates, rounds as the objective has them by
-default. Writes results/grid.json, .csv, .txt.
+A row counts as much as it earns or as the row of twice its rate does, whichever is less: a default
+beside an edge would be one that another seed falls over. Judged by the reward of its samples on
+training prompts, each policy with the reference alone; what failed or collapsed earns nothing. One
+seed, 200 updates, rounds as the objective has them by default. Writes results/grid.json, .csv,
+.txt.
 """
 
 import argparse
@@ -42,20 +44,34 @@ def first_places(objective: str) -> list[Place]:
     return [middle, *beside(objective, middle)]
 
 
-def score(metrics: dict) -> float:
-    """What a row is judged by."""
-    out = metrics.get("failed") or metrics["collapsed"]
+def earned(metrics: dict | None) -> float:
+    """The reward of a row; -inf where it failed, collapsed or has not been tried."""
+    out = metrics is None or metrics.get("failed") or metrics["collapsed"]
     return float("-inf") if out else metrics["policy_reward"]
 
 
+def counts(place: Place, tried: dict[Place, dict]) -> float:
+    """What a row counts: the least that it and the row of twice its rate earn."""
+    i, j = place
+    return min(earned(tried.get(place)), earned(tried.get((i + 1, j))))
+
+
 def best_place(tried: dict[Place, dict]) -> Place:
-    """The row of most reward, of its metrics by place."""
-    return max(tried, key=lambda place: score(tried[place]))
+    """The row that counts most, of the rows' metrics by place; at a tie the one that earns more."""
+    return max(tried, key=lambda place: (counts(place, tried), earned(tried[place])))
 
 
-def beside_the_best(objective: str, tried: dict[Place, dict]) -> list[Place]:
-    """The rows beside the best one that have not been tried; none where the search is over."""
-    return [place for place in beside(objective, best_place(tried)) if place not in tried]
+def to_try(objective: str, tried: dict[Place, dict]) -> list[Place]:
+    """The rows that may be better than the best one; none where the search is over.
+
+    They are those beside it, and those of twice the rate of rows that earn more than it counts.
+    """
+    best = best_place(tried)
+    more = [(i, j) for i, j in tried if earned(tried[i, j]) > counts(best, tried)]
+    doubles = [(i + 1, j) for i, j in more if i + 1 < len(RATES)]
+    return [
+        place for place in dict.fromkeys(beside(objective, best) + doubles) if place not in tried
+    ]
 
 
 def main(task: str = "dialogue", jobs: int = 0) -> dict[str, dict]:
@@ -78,7 +94,7 @@ def main(task: str = "dialogue", jobs: int = 0) -> dict[str, dict]:
             found, _, reference = plane({"": c}, "train", common["eval_samples"])
             tried[objective][place] = found.get("", {"failed": True})
             references += [reference] * bool(reference)
-        todo = {objective: beside_the_best(objective, tried[objective]) for objective in LADDERS}
+        todo = {objective: to_try(objective, tried[objective]) for objective in LADDERS}
 
     rows, best = {}, {}
     for objective, metrics in tried.items():
@@ -93,7 +109,7 @@ def main(task: str = "dialogue", jobs: int = 0) -> dict[str, dict]:
     write_results(path.name, f"python -m experiments.grid{option}", results)
     Path(f"{path}.csv").write_text(as_csv(results))
     Path(f"{path}.txt").write_text(table(results) + "\n")
-    print(f"\n{table(results)}\n\nmost reward on training prompts:")
+    print(f"\n{table(results)}\n\nbest on training prompts:")
     print("\n".join(map(str, best.values())))
     return best
 

@@ -87,7 +87,7 @@ class Config:
     share_networks: bool | None = option(None, "V is a head on the policy's own states")
     shuffle_prompts: bool = option(False, "control: train every list under another prompt")
     steps: int | None = option(None, "optimiser steps in all, over all rounds")
-    batch_size: int = option(16, "B, prompts a step", positive=True)
+    batch_size: int | None = option(None, "B, prompts a step", positive=True)
     lr: float | None = option(
         None, "peak learning rate, of a t5 half; warm-up 3 %, then linear to 0", positive=True
     )
@@ -109,6 +109,7 @@ ON_TASKS = {
     "reference_steps": 500,
     "reference_lr": 3e-3,
     "candidates": 8,
+    "batch_size": 16,
     "steps": 250,
     "eval_prompts": 48,
     "eval_samples": 64,
@@ -123,11 +124,12 @@ T5_RATE = 0.5  # of a GPT's --lr: at the whole, LIRE's policy leaves the languag
 
 def run_defaults(config: Config) -> dict[str, Any]:
     """The defaults that depend on objective and data, for options that are None."""
-    objective = OBJECTIVES[config.objective].run_defaults()
+    row = OBJECTIVES[config.objective]
+    objective = row.run_defaults()
     objective["lr"] *= T5_RATE if config.model == "t5" else 1
     if config.data:  # a file has no reward for new samples
         return ON_FILES | objective | {"evolve": 0}
-    return ON_TASKS | objective | TASKS[config.task].defaults
+    return ON_TASKS | objective | row.on_tasks | TASKS[config.task].defaults
 
 
 def owners(name: str) -> list[str]:
@@ -400,14 +402,17 @@ def _help(option: dataclasses.Field) -> str:
         return f"{text} (default {option.default})"
     sources = {"": ON_TASKS, "files": {k: v for k, v in ON_FILES.items() if ON_TASKS.get(k) != v}}
     sources |= {name: row.defaults for name, row in TASKS.items()}
-    sources |= {name: row.run_defaults() for name, row in OBJECTIVES.items()}
+    sources |= {name: row.run_defaults() | row.on_tasks for name, row in OBJECTIVES.items()}
     values = {}  # default -> who has it
     for source, defaults in sources.items():
         if defaults.get(option.name) is not None:
             values.setdefault(str(defaults[option.name]), []).append(source)
     if not values:
         return text
-    shown = [f"{value} {', '.join(names)}".strip() for value, names in values.items()]
+    whose = {
+        value: "" if "" in names else " " + ", ".join(names) for value, names in values.items()
+    }
+    shown = [f"{value}{names}" for value, names in whose.items()]
     return f"{text} (default {'; '.join(shown)})"
 
 

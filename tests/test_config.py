@@ -452,3 +452,14 @@ def test_a_run_of_few_steps_has_as_many_rounds_at_most():
     rounds = lambda **own: resolve(Config(**own)).evolve
     assert (rounds(), rounds(steps=4), rounds(steps=0), rounds(steps=0, evolve=0)) == (10, 4, 1, 0)
     assert rounds(steps=4, evolve=2) == 2 and rounds(steps=4, data=["x.jsonl"]) == 0
+
+
+def test_dro_reads_many_prompts_on_a_task_unless_the_task_or_the_user_says_otherwise():
+    size = lambda **own: [
+        getattr(resolve(Config(objective="dro", out="x", **own)), name)
+        for name in ("candidates", "batch_size", "steps")
+    ]
+    assert size() == [2, 64, 1600] and size(batch_size=16) == [2, 16, 1600]
+    assert size(task="tiny") == [8, 16, 120]
+    assert size(data=["x.jsonl"]) == [None, 16, 250]
+    assert resolve(Config(out="x")).batch_size == 16
