@@ -205,3 +205,20 @@ def test_a_skeleton_says_how_it_is_checked_and_what_is_to_be_written(number):
     assert f"python -m exercises.check {number}" in text and "worked example" in text
     assert re.match(rf'"""Exercise {number} \(\w+', text)
     assert f'raise NotImplementedError("exercise {number}: ' in text
+
+
+def test_the_page_of_the_exercises_names_what_is_there():
+    page = (ROOT / "exercises" / "README.md").read_text()
+    named = re.findall(r"^\| (\d+) \| `(ex\d\d_\w+\.py)` \|", page, re.M)
+    assert [(int(number), name) for number, name in named] == [
+        (number, check.answer_path(number).name) for number in check.NUMBERS
+    ]
+    shown = re.findall(r"!\[\w+\]\(\.\./(assets/lecture/\w+\.png)\)", page)
+    drawn = sorted(path.stem for path in (ROOT / "assets" / "lecture").glob("*.png"))
+    assert sorted(Path(path).stem for path in shown) == drawn
+    for path in re.findall(r"\]\(\.\./([^)]+)\)", page):
+        assert (ROOT / path).exists()
+    minutes = dict(re.findall(r"^\| (\d+) \| `\S+` \| [^|]+ \| (\d+)", page, re.M))
+    for number in check.NUMBERS:
+        said = re.search(r"(\d+) minutes", check.answer_path(number).read_text())[1]
+        assert minutes[str(number)] == said

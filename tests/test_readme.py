@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import formats
 from experiments import compare, report
@@ -23,6 +24,8 @@ PAGES = [
     "docs/changing.md",
     "docs/differences.md",
     "docs/metrics.md",
+    "docs/maths.md",
+    "exercises/README.md",
     "results/README.md",
 ]
 
@@ -63,6 +66,8 @@ def test_it_fits_a_break():
 
 def test_every_file_and_option_that_a_page_names_exists():
     fields = {f.name for f in dataclasses.fields(Config)} | {"help", "margin", "votes"}
+    scripts = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "exercises").glob("*.py")]
+    of_scripts = {x for path in scripts for x in re.findall(r'"--([a-z-]+)"', path.read_text())}
     for page in PAGES:
         text = (ROOT / page).read_text()
         for path in re.findall(r"`([\w/]+\.(?:py|md|png))`|\]\(([\w/.]+)\)", text):
@@ -73,7 +78,7 @@ def test_every_file_and_option_that_a_page_names_exists():
             )
         for name in re.findall(r"`[^`\n]*?--([a-z][a-z-]*)", text):
             known = name.replace("-", "_") in fields
-            assert known or name in ("prompt", "quick", "grid"), f"--{name} in {page}"
+            assert known or name in of_scripts, f"--{name} in {page}"
 
 
 def test_the_reading_order_names_the_flat_files():
@@ -151,3 +156,11 @@ def test_ci_runs_exactly_the_readme_test_command():
 )
 def test_no_docstring_example_is_wrong(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_every_step_of_the_derivations_holds():
+    default = torch.get_default_dtype()
+    try:
+        assert doctest.testfile(str(ROOT / "docs" / "maths.md"), False).failed == 0
+    finally:
+        torch.set_default_dtype(default)
