@@ -324,12 +324,11 @@ NEEDS = {
     "mismatched": "scores prompts with the responses of others",
 }
 
-# Strengths are the middle of their ladder in experiments.compare, rates 1e-3 or, where pairs or
-# orders are compared with the reference, 5e-4; experiments.grid searches both on training prompts.
+# Rates and strengths are the best of experiments.grid, which looks at training prompts alone.
 OBJECTIVES = {
     "lire": Objective(
         lire_objective,
-        {"lr": 1e-3, "temperature": 16.0, "score": "sum", "sft_weight": 0.1},
+        {"lr": 2e-3, "temperature": 16.0, "score": "sum", "sft_weight": 0.1},
         {"lists"},
         evolve=10,
         reward_norm=("softmax", "zscore", "global", "none"),
@@ -338,7 +337,7 @@ OBJECTIVES = {
     ),
     "dro": Objective(
         dro_objective,
-        {"lr": 1e-3, "tau": 0.5, "value": "prompt", "value_lr": None, "share_networks": False},
+        {"lr": 5e-4, "tau": 0.5, "value": "prompt", "value_lr": None, "share_networks": False},
         {"reference", "values"},
         reward_norm=("global", "none"),
         strength="tau",
@@ -350,37 +349,37 @@ OBJECTIVES = {
     ),
     "dro-p": Objective(
         dro_p_objective,
-        {"lr": 1e-3, "tau": 0.5},
+        {"lr": 5e-4, "tau": 0.2},
         {"reference", "batch"},
         reward_norm=("global", "none"),
         strength="tau",
         residual=dro_residual,
     ),
     "dpo": Objective(
-        dpo_objective, {"lr": 5e-4, "beta": 0.5}, {"pairs", "reference"}, strength="beta"
+        dpo_objective, {"lr": 2.5e-4, "beta": 0.5}, {"pairs", "reference"}, strength="beta"
     ),
     "ipo": Objective(
-        ipo_objective, {"lr": 5e-4, "beta": 0.5}, {"pairs", "reference"}, strength="beta"
+        ipo_objective, {"lr": 2.5e-4, "beta": 0.1}, {"pairs", "reference"}, strength="beta"
     ),
     "pl-dpo": Objective(
-        pl_dpo_objective, {"lr": 5e-4, "beta": 1.0}, {"lists", "reference"}, strength="beta"
+        pl_dpo_objective, {"lr": 5e-4, "beta": 0.5}, {"lists", "reference"}, strength="beta"
     ),
     "kto": Objective(
         kto_objective,
-        {"lr": 1e-3, "beta": 2.0, "desirable": None},
+        {"lr": 1e-3, "beta": 0.5, "desirable": None},
         {"reference", "mismatched", "batch"},
         strength="beta",
         conflict=kto_conflict,
         prepare=thumbs,
     ),
     "rrhf": Objective(rrhf_objective, {"lr": 1e-3, "sft_weight": 20.0}, {"lists"}),
-    "slic": Objective(slic_objective, {"lr": 5e-4, "sft_weight": 2.0}, {"pairs"}),
+    "slic": Objective(slic_objective, {"lr": 1e-3, "sft_weight": 5.0}, {"pairs"}),
     "pro": Objective(
-        pro_objective, {"lr": 1e-3, "sft_weight": 0.1}, {"lists"}, reward_norm=("global", "none")
+        pro_objective, {"lr": 1e-3, "sft_weight": 0.05}, {"lists"}, reward_norm=("global", "none")
     ),
     "rwr": Objective(
         rwr_objective,
-        {"lr": 1e-3, "tau": 0.2},
+        {"lr": 1e-3, "tau": 0.1},
         {"lists"},
         reward_norm=("global", "none"),
         strength="tau",

@@ -50,8 +50,8 @@ ABLATIONS = {
     "V per batch": {"value": "batch"},
     "shared": {"share_networks": True},
     "shared, V per batch": {"share_networks": True, "value": "batch"},
-    **{f"both lr x {k:g}": {"lr": k * 1e-3} for k in (0.25, 0.5, 2)},
-    **{f"value lr x {k:g}": {"value_lr": k * 1e-3} for k in (0.25, 4)},
+    **{f"both lr x {k:g}": {"lr": k * 5e-4} for k in (0.25, 0.5, 2, 4)},
+    **{f"value lr x {k:g}": {"value_lr": k * 5e-4} for k in (0.25, 4)},
 }
 TABLES = {
     "lire": Table(
@@ -94,7 +94,7 @@ TABLES = {
         ),
     ),
     "dro-ablations": Table(
-        DRO_COLUMNS, 3, rows(ABLATIONS, objective="dro", tau=0.5, lr=1e-3, steps=250)
+        DRO_COLUMNS, 3, rows(ABLATIONS, objective="dro", tau=0.5, lr=5e-4, steps=250)
     ),
 }
 

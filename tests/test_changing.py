@@ -89,7 +89,9 @@ def test_an_objective_with_a_strength_of_its_own(project):
     function, lines = blocks("README.md", "Change it")
     row, field = lines.splitlines(keepends=True)
     assert len(function.splitlines()) + len(lines.splitlines()) <= 10
-    insert("objectives.py", "# Strengths are the middle of their ladder", function + "\n\n")
+    insert(
+        "objectives.py", "# Rates and strengths are the best of experiments.grid", function + "\n\n"
+    )
     add_row(insert, "objectives.py", "OBJECTIVES", row)
     insert("harness/config.py", "    shuffle_prompts: bool = option(", field)
     told, other, zero, unknown, _, compared = run(
