@@ -9,6 +9,7 @@ from helpers import LISTS, ROOT, imports, small, sources, write
 import train
 from experiments import cells
 from harness.config import Config
+from objectives import OBJECTIVES
 
 
 def test_the_sources_of_a_cell_are_all_that_train_imports():
@@ -45,8 +46,9 @@ def test_a_cell_is_named_by_its_settings_its_files_and_the_sources(tmp_path, mon
     config = small("", data=[write(tmp_path, *LISTS)])
     first = cells.folder_of(config)
     assert cells.folder_of(dataclasses.replace(config, out="elsewhere")) == first
-    assert cells.folder_of(dataclasses.replace(config, lr=1e-3)) == first  # the default, spelt out
-    assert cells.folder_of(dataclasses.replace(config, lr=2e-3)) != first
+    default = OBJECTIVES["lire"].defaults["lr"]
+    assert cells.folder_of(dataclasses.replace(config, lr=default)) == first  # spelt out
+    assert cells.folder_of(dataclasses.replace(config, lr=2 * default)) != first
     write(tmp_path, *LISTS[:-1])
     assert cells.folder_of(config) != first
     write(tmp_path, *LISTS)
