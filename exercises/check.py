@@ -4,6 +4,7 @@
     python -m exercises.check 3 --file mine.py       an answer that lies elsewhere
     python -m exercises.check all --report results.json
 
+from the folder of the repository; from elsewhere, python path/to/exercises/check.py 3.
 Every answer runs in a process of its own, with a limit of time, so that no file can hold up or
 change the result of another. What it prints is shown below its result. --report writes what
 autograders read (tests, score, max_score, output); --checks DIR takes the properties from there
@@ -12,12 +13,14 @@ autograders read (tests, score, max_score, output); --checks DIR takes the prope
 
 import argparse
 import ast
+import bdb
 import importlib.util
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -28,9 +31,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from exercises.judge import Wrong
+if not __package__:  # run as a file: then its own folder is on the path, and not the repository
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-FOLDER = Path(__file__).parent
+from exercises.judge import UNKNOWN, Property, Watched, Wrong
+
+FOLDER = Path(__file__).resolve().parent
 NUMBERS = range(1, 11)
 SECONDS = 60.0  # for all properties of an exercise
 
@@ -90,24 +96,39 @@ def run_answer(
     for name in properties.FORBIDDEN:
         sys.modules[name] = None  # an import of it fails, however it is written
     try:
-        answer = load(path, "answer")
+        answer = Watched(load(path, "answer"))
     except BaseException as e:
         connection.send(("unloaded", failure(e, path)))
         return
+    failed = []
     for index, item in enumerate(properties.PROPERTIES):
         connection.send(("began", index))
         torch.manual_seed(index)
-        try:
-            with np.errstate(all="ignore"):  # mistakes are computed too, from nan and inf
-                item.holds(answer)
-            connection.send(("passed", ""))
-        except NotImplementedError as e:
-            connection.send(("not started", str(e)))
-        except Wrong as e:
-            cause = f"\n  likely    {e.cause}" if e.cause else ""
-            connection.send(("wrong", f"  expected  {e.expected}\n  got       {e.got}{cause}"))
-        except BaseException as e:
-            connection.send(("wrong", "  " + failure(e, path)))
+        state, message = try_property(item, answer, path, failed)
+        failed += [item.name] if state == "wrong" else []
+        connection.send((state, message))
+
+
+def try_property(item: Property, answer: Watched, path: Path, failed: list[str]) -> tuple[str, str]:
+    """(state, message) of a property; failed: the names of those that don't hold."""
+    answer.changed.clear()
+    try:
+        with np.errstate(all="ignore"):  # mistakes are computed too, from nan and inf
+            item.holds(answer)
+    except NotImplementedError as e:
+        return "not started", str(e)
+    except Wrong as e:
+        first = [name for name in item.after if name in failed]
+        if first and e.cause == UNKNOWN:
+            return "wrong", f'  mend "{first[0]}" first: this asks the same function'
+        cause = f"\n  likely    {e.cause}" if e.cause else ""
+        return "wrong", f"  expected  {e.expected}\n  got       {e.got}{cause}"
+    except BaseException as e:
+        return "wrong", "  " + failure(e, path)
+    if answer.changed:  # no points are lost by it, as the numbers are right
+        name = answer.changed[0]
+        return "passed", f"  {name} changes a tensor that it is given: see exercise 6, program D"
+    return "passed", ""
 
 
 def failure(error: BaseException, path: Path) -> str:
@@ -116,12 +137,16 @@ def failure(error: BaseException, path: Path) -> str:
     where = f"line {frames[-1].lineno}" if frames else "the call of your function"
     if isinstance(error, SystemExit):
         return f"{where} ends the program: return instead"
+    if isinstance(error, bdb.BdbQuit):
+        return "there is no debugger here: print instead of breakpoint()"
     if isinstance(error, ModuleNotFoundError) and "None in sys.modules" in str(error):
         return f"{where} imports {error.name}, where the answer stands: write it here"
     if isinstance(error, AttributeError) and not frames:
         return f"{error}: is the name as in the skeleton?".replace("module 'answer'", "your file")
     first = next(iter(str(error).splitlines()), "")[:200]
-    return f"{where} fails: {type(error).__name__}: {first}"
+    shapes = isinstance(error, RuntimeError) and "must match the size of tensor" in first
+    hint = ": [B] against [B, M]? x[:, None] makes [B, 1] of [B]" if shapes else ""
+    return f"{where} fails: {type(error).__name__}: {first}{hint}"
 
 
 # ----------------------------------------------------------------------------------- the parent's
@@ -202,7 +227,7 @@ def lines_of(number: int, results: list[Result], printed: str) -> list[str]:
         lines.append(
             f"  {r.state:12} {r.name} ({r.points if r.state == 'passed' else 0}/{r.points})"
         )
-        if r.message and r.state == "wrong":
+        if r.message and r.state != "not started":
             same = r.message == told
             lines += ["      as above"] if same else ["    " + x for x in r.message.splitlines()]
             told = r.message
@@ -227,12 +252,18 @@ def report_of(checked: dict[int, list[Result]]) -> dict:
             "score": r.points if r.state == "passed" else 0,
             "max_score": r.points,
             "status": "passed" if r.state == "passed" else "failed",
-            "output": r.message.strip() if r.state == "wrong" else r.state,
+            "output": output_of(r),
         }
         for number, results in checked.items()
         for index, r in enumerate(results, 1)
     ]
     return {"score": sum(test["score"] for test in tests), "tests": tests}
+
+
+def output_of(result: Result) -> str:
+    """The lines of a message, all of them from the left margin; the state where there is none."""
+    told = "" if result.state == "not started" else textwrap.dedent(result.message).strip()
+    return told or result.state
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,7 +283,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--file is the answer to one exercise: give its number")
     numbers = NUMBERS if given.exercise == "all" else [int(given.exercise)]
     if given.file and not given.file.is_file():
-        parser.error(f"--file {given.file}: no such file")
+        what = "it is a folder" if given.file.is_dir() else "no such file"
+        parser.error(f"--file {given.file}: {what}")
+    if given.report and (given.report.is_dir() or not given.report.absolute().parent.is_dir()):
+        what = "it is a folder" if given.report.is_dir() else "its folder does not exist"
+        parser.error(f"--report {given.report}: {what}")
     for number in numbers if given.checks else []:
         if not (given.checks / f"ex{number:02}.py").is_file():
             parser.error(f"--checks {given.checks} has no ex{number:02}.py")
@@ -268,4 +303,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # whoever read the lines, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)

@@ -11,7 +11,7 @@ must pay for it. The prompt's tokens are not: x is given.
 Write `sequence_logps` below. B texts, each T tokens long, V tokens in the vocabulary:
 
     logits [B, T, V]   logits[b, t] predicts the token ids[b, t + 1]
-    ids    [B, T]      a text: prompt, response, EOS, padding (any id may stand in the padding)
+    ids    [B, T]      a text: prompt, response, EOS, padding (any id below V in the padding)
     mask   [B, T]      bool, True on the response's tokens, EOS included
 
     Returns: [B], in nats, float32 even where the logits are bfloat16.
@@ -20,7 +20,8 @@ A worked example. V = 3, one text of T = 3 tokens: prompt 0, response 1 and then
 The logits after the prompt are log(0.2, 0.5, 0.3), and after the 1 they are log(0.1, 0.1, 0.8). So
 log pi = log 0.5 + log 0.8 = log 0.4 = -0.9163. What stands in logits[0, 2] predicts nothing.
 
-Padding can hold anything, nan in its logits too: nan x 0 is nan, torch.where takes no product.
+Padding can hold anything, nan in its logits too. nan x 0 is nan; torch.where does not multiply, it
+selects.
 
     python -m exercises.check 1
 """

@@ -12,7 +12,7 @@ real. The others can hold anything, nan too, and must not change a thing: their 
 softmax is over the real ones as well.
 
     logps   [B, M]   s, in nats; the gradient goes here
-    rewards [B, M]   r, raw; no gradient goes here
+    rewards [B, M]   r, raw; they must receive no gradient (detach)
     mask    [B, M]   bool, at least one True a row
     temperature      T > 0
 

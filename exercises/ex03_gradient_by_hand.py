@@ -1,4 +1,4 @@
-"""Exercise 3 (derive and implement, 30 minutes): LIRE's gradient, by hand.
+"""Exercise 3 (derive and implement, 40 minutes): LIRE's gradient, by hand.
 
 An update raises the log-probability of some candidates of a list and lowers that of others. Which,
 and how much? The gradient says it. The list is the one of exercise 2, its rewards R are now used as
@@ -32,8 +32,8 @@ Then three questions on what you found. The answers are formulas too:
     largest_grad      Two candidates, rewards somewhere in [0, 1]. How large can |d loss / d s_1|
                       be at a given T, if P and R may be chosen freely?
     lead              Two candidates again, R = (1, 0). The larger s, ahead by some nats, makes P
-                      one-sided and the gradient small. How many nats ahead is it, if the gradient
-                      is the given share of the largest that this T allows? 0 < share <= 1.
+                      one-sided and the gradient small. At which lead is
+                      |d loss / d s_1| = share x largest_grad(T)? 0 < share <= 1.
                       One number to check yours with: lead(0.75, 2.0) = 2 log 3 = 2.1972.
 
     python -m exercises.check 3

@@ -8,7 +8,7 @@ M = 8 responses? And which response has it?
 A small model of s: the log-prob of every token is drawn by itself, from a normal distribution with
 mean -2 and deviation 1.45 nats, alike for all tokens of all responses. So no response is better
 than another: what P prefers here, it prefers by chance or by length. (Real log-probs are never
-above 0, and a few drawn ones are: the model is a rough one.)
+above 0, and a few drawn ones are: the model is a rough one. Do not clamp them.)
 
 1. Predict, before you write any code. Fill in PREDICTED. Points are for predictions that are made,
    right or wrong; the checker shows them beside the result as soon as your simulation works.
@@ -25,7 +25,8 @@ above 0, and a few drawn ones are: the model is a rough one.)
 3. `draw` a picture, with matplotlib: across, the length (5, 20, 50 and 128 tokens, all 8 alike);
    up, the mean largest P, a curve in a colour of its own for each T of 1, 2, 4, 8; sums on the
    left, means on the right. Import matplotlib inside of `draw`: where it is not installed, this
-   part is left out.
+   part is left out. To look at it, in picture.png:
+       python -c "from exercises.ex04_saturation import draw; draw('picture.png')"
 
 A worked example. Scores of two lists, (0, 2) and (6, 5), T = 2: the largest P is e / (1 + e) =
 0.7311 in the first and 1 / (1 + exp(-1/2)) = 0.6225 in the second, so the mean is 0.6768. If the

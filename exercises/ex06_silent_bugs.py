@@ -7,6 +7,7 @@ line. Each docstring is true: it says what the program should compute. For every
     mend it    change the line that is wrong; name, parameters and result stay as they are
     name it    set BUG_A ... BUG_F to the bug that it was, a string of NAMES: six of them are right
 
+There are points for both together, and none for one of the two.
 Then answer the question about program C, below it. All programs share these shapes:
 
     ids         [B, T]      B texts of T tokens: prompt, response, padding; the last token of the
@@ -96,7 +97,7 @@ def program_c(
     return torch.where(mask, differences, 0.0).sum(-1)
 
 
-def numbers_change(objective: str) -> bool:
+def bug_changes_loss(objective: str) -> bool:
     """Does the bug of program C change the loss of this objective? It is "dpo" or "dro".
 
     Both take l from program C. The policy gives the tokens of a prompt another log-prob than the

@@ -17,9 +17,10 @@ possible responses, all M of them can be listed, and both are exact:
 
 Stay in log space: with tau = 0.01, exp(r / tau) of r = 5 is infinite, log pi* is not.
 
-A worked example. pi_ref = (.5, .3, .2), r = (1, 0, -1), tau = 1:
-    sum_y pi_ref exp(r) = .5 e + .3 + .2 / e = 1.7327,   V* = log of it = .5497
-    pi* = (.5 e, .3, .2 / e) / 1.7327 = (.7844, .1731, .0425)
+A worked example. pi_ref = (.5, .3, .2), r = (1, 0, -1), tau = 2:
+    exp(r / tau) = (1.6487, 1, .6065)
+    sum_y pi_ref exp(r / tau) = .8244 + .3 + .1213 = 1.2457,   V* = 2 log of it = .4394
+    pi* = (.8244, .3, .1213) / 1.2457 = (.6618, .2408, .0974)
 
 Then think, without a new sum over responses. What happens to V* and to log pi*
 

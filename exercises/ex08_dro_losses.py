@@ -1,4 +1,4 @@
-"""Exercise 8 (derive and implement, 30 minutes): DRO's two losses, and a misprint.
+"""Exercise 8 (derive and implement, 40 minutes): DRO's two losses, and a misprint.
 
 DRO learns from responses y to prompts x, with a reward r for each. They come from anywhere, their
 distribution is called mu. It makes a residual small, as it is 0 at the optimum (exercise 7):
@@ -13,9 +13,9 @@ Algorithm 1 prints a loss for each (logps is log pi(y|x)):
     policy   -logps (r - V) + 1/2 l^2       V held fixed
     value    1/2 (r - tau l - V)^2          the policy held fixed
 
-One number of these two lines is wrong. Find it: differentiate L of one response in logps (l moves
+One factor in these two lines is wrong. Find it: differentiate L of one response in logps (l moves
 as logps does), multiply by 1/tau, and compare with the derivative of the policy's line. Write
-`losses` with the right number in its place:
+`losses` with the right factor in its place:
 
     logps, ref_logps [N]   log-probabilities of N responses, sums over tokens
     rewards          [N]   r
@@ -30,7 +30,8 @@ A worked example. tau = .5, N = 2:
     logps = (-3, -5), ref_logps = (-3.5, -4.2), r = (1, -.5), V = (.2, .1)
     l = (.5, -.8), residuals r - V - tau l = (.55, -.2)
     value losses (.55^2 / 2, .2^2 / 2) = (.1513, .02); the gradient of their mean in V: (-.275, .1)
-    the gradient of the policy losses' mean in logps: (-.275, .1); as printed it is (-.15, -.1)
+    policy losses (2.4625, -2.84); the gradient of their mean in logps: (-.275, .1); as printed it
+    is (-.15, -.1)
 
 Does it matter? Take one prompt with three responses, pi_ref = (.5, .3, .2), r = (1, 0, -1), and
 mu = pi_ref. An exact expectation takes the place of a batch's mean: sum_y mu(y) loss(y). The policy
@@ -40,9 +41,9 @@ is the softmax of three logits, V is one number. Start at log pi_ref and V = 0; 
     V      -= rate x gradient of sum_y mu(y) 1/2 (r(y) - tau l(y) - V)^2
 
 until nothing moves: that is `end_point(tau, coefficient)`. In float64 1000 steps at rate .5 are
-enough. Two ends to compare with, tau = .1: with the right coefficient (1.0000, .0000, .0000), which
-is pi*; with the coefficient 1/2 (.7547, .1942, .0511). Then run it with both coefficients at
-tau = .5, 1, 2 and 5, and answer:
+enough where it comes to rest. Does it? Look at V too. Two ends to compare with, tau = .1: with the
+right coefficient (1.0000, .0000, .0000), which is pi*; with the coefficient 1/2
+(.7547, .1942, .0511). Then run it with both coefficients at tau = .5, 1, 2 and 5, and answer:
 
     AGREE_AT_TAU      the only tau at which both end at the same policy
     PRINTED_AT_HALF   where 1/2 ends at tau = .5, a string of ENDS

@@ -61,6 +61,13 @@ def memorised_values(rewards: Tensor, ratios: Tensor, tau: float) -> Tensor:
 
 
 def settings() -> dict:
-    """Of the run: candidates (responses a prompt), evolve (0: logged responses, 1: samples of the
-    reference), iterate (passes over them), steps (at most 400), lr of the policy, value_lr of V."""
+    """Of the run, with what holds where it is not set:
+
+    candidates  8      responses a prompt, at least 1
+    evolve      1      1: samples of the reference, drawn once; 0: logged responses
+    iterate     1      passes over them, in the same number of steps
+    steps       120    at most 400
+    lr          1e-3   of the policy, > 0: a policy that stays has a tiny one
+    value_lr    None   of V, > 0; None: the same as lr
+    """
     raise NotImplementedError("exercise 9: the settings of a run")

@@ -20,8 +20,8 @@ It makes 26 % of the gain that the best policy of its KL makes (efficiency, mean
        loss(logps [B, M], ref_logps [B, M], rewards [B, M], mask [B, M]) -> [B]
    log-probs are sums over tokens, mask says which candidates are real, and what stands in the other
    slots is nan: it must not reach the loss.
-The checker makes your run with three seeds, half a minute, and prints its rounds. Points come with
-the mean efficiency: see LEVELS in exercises/checks/ex10.py.
+The checker makes your run with three seeds, half a minute, and prints its rounds. A mean efficiency
+of .35 has two points, .5 two more, and .6 the last two.
 
 A worked example. Two prompts, two candidates each: [[[5, 9], [5, 9]], [[5, 9], [7, 9]]], with
 rewards [[1, 1], [1, 1]]. Different: (1/2 + 2/2) / 2 = 75 %. Tied: both lists, 100 %.

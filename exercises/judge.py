@@ -8,12 +8,14 @@ such file):
 
 A property's function is given the answer, a module, and raises Wrong where it does not hold. The
 cause is found by imitation: every plausible mistake is computed too, and the one that gives the
-student's numbers is named.
+student's numbers is named. Where none does, and a property that is named in `after` does not hold
+either, the student is sent there: whoever mends a value often mends its gradient too.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,6 +29,7 @@ class Property(NamedTuple):
     name: str
     points: int
     holds: Callable[[ModuleType], None]  # raises Wrong where it does not
+    after: tuple[str, ...] = ()  # names of properties that ask the same function
 
 
 class Wrong(Exception):
@@ -54,34 +57,44 @@ def shown(value: Any) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def as_array(got: Any, expected: np.ndarray) -> np.ndarray:
+def as_array(got: Any, shape: Sequence[int]) -> np.ndarray:
     """What the student returned, as float64.
 
-    Raises: Wrong where it is no tensor, of another shape, or holds nan or inf.
+    Raises: Wrong where it is no tensor, or of another shape.
     """
     if not isinstance(got, torch.Tensor):
-        kind = type(got).__name__
-        cause = "nothing is returned" if got is None else f"a tensor is asked for, not a {kind}"
-        raise Wrong(f"a tensor {list(expected.shape)}", got, cause)
-    if tuple(got.shape) != expected.shape:
-        raise Wrong(f"a tensor {list(expected.shape)}", f"a tensor {list(got.shape)}", SHAPES)
+        raise Wrong(f"a tensor {list(shape)}", repr(got), not_a("tensor", got))
+    if list(got.shape) != list(shape):
+        raise Wrong(f"a tensor {list(shape)}", f"a tensor {list(got.shape)}", SHAPES)
     return got.detach().cpu().double().numpy()
+
+
+def not_a(kind: str, got: Any) -> str:
+    """What to say of a result of another type."""
+    if got is None:
+        return "nothing is returned"
+    return f"a {kind} is asked for, not a {type(got).__name__}"
 
 
 SHAPES = "another shape: which axis is summed over, and is one kept (keepdim) that should go?"
 
 
 def same(
-    got: Any, expected: Any, mistakes: dict[str, Any] | None = None, tolerance: float = 1e-4
+    got: Any,
+    expected: Any,
+    mistakes: dict[str, Any] | None = None,
+    tolerance: float = 1e-4,
+    unknown: str = UNKNOWN,
 ) -> None:
     """Is what the student returned what was expected?
 
     Args: expected: numbers; mistakes {sentence: numbers that this mistake gives}, the likeliest
-        first; tolerance: relative to the largest number expected.
+        first; tolerance: relative to the largest number expected; unknown: the sentence where no
+        mistake gives the student's numbers.
     Raises: Wrong.
     """
     expected = np.asarray(expected, float)
-    value = as_array(got, expected)
+    value = as_array(got, expected.shape)
     size = tolerance * max(1.0, float(np.abs(expected).max(initial=0.0)))
 
     def near(numbers):
@@ -97,7 +110,7 @@ def same(
             raise Wrong(expected, value, sentence)
     if not np.isfinite(value).all():
         raise Wrong(expected, value, "nan or inf: something is divided by 0, or a log is of 0")
-    raise Wrong(expected, value, UNKNOWN)
+    raise Wrong(expected, value, unknown)
 
 
 def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
@@ -107,7 +120,9 @@ def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
     """
     at = at.detach().clone().requires_grad_()
     result = function(at)
-    if not isinstance(result, torch.Tensor) or not result.requires_grad:
+    if not isinstance(result, torch.Tensor):
+        raise Wrong("a tensor with a gradient", repr(result), not_a("tensor", result))
+    if not result.requires_grad:
         raise Wrong("a result with a gradient", result, "the result has no gradient: detach, item?")
     (gradient,) = torch.autograd.grad(result.sum(), at, allow_unused=True)
     return np.zeros(at.shape) if gradient is None else gradient.double().numpy()
@@ -122,10 +137,50 @@ def same_number(
     """
     is_number = isinstance(got, (int, float, np.number)) and not isinstance(got, bool)
     if not is_number and not (isinstance(got, torch.Tensor) and got.numel() == 1):
-        kind = type(got).__name__
-        cause = "nothing is returned" if got is None else f"a number is asked for, not a {kind}"
-        raise Wrong("a number", got, cause)
+        raise Wrong("a number", repr(got), not_a("number", got))
     same(torch.tensor(float(got), dtype=torch.float64), expected, mistakes, tolerance)
+
+
+def odd_number(given: dict[str, Any], whole: Sequence[str]) -> str:
+    """The first of the settings that is no number, or one of `whole` that is no whole number.
+
+    Returns: what to say of it; empty where all are as they should be.
+    """
+    for name, value in given.items():
+        kinds, words = (int, float), "a number"
+        if name in whole:
+            kinds, words = (int,), "a whole number"
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return f"{name} is {value!r}: {words} is asked for"
+    return ""
+
+
+class Watched:
+    """An answer whose functions note the tensors that they change in place.
+
+    Every other attribute is the answer's own.
+    """
+
+    def __init__(self, answer: ModuleType) -> None:
+        """answer: a student's module."""
+        self._answer, self.changed = answer, []
+
+    def __getattr__(self, name: str) -> Any:
+        """A function of the answer, watched; or what else stands there."""
+        found = getattr(self._answer, name)
+        if not isinstance(found, FunctionType):
+            return found
+
+        @functools.wraps(found)
+        def function(*given, **named):
+            tensors = [x for x in (*given, *named.values()) if isinstance(x, torch.Tensor)]
+            before = [x._version for x in tensors]  # of torch: it counts writes
+            result = found(*given, **named)
+            if [x._version for x in tensors] != before and name not in self.changed:
+                self.changed.append(name)
+            return result
+
+        return function
 
 
 AUTOGRAD = "autograd is used: here the derivative is worked out on paper and written as a formula"

@@ -1,7 +1,11 @@
 """The classroom: solutions pass, skeletons have not started, wrong answers are told why."""
 
+import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,11 @@ WRONG = read_mutants((ANSWERS / "wrong.txt").read_text())
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)  # before a fork
+def before_a_fork():
+    torch.set_num_threads(1)
+    if importlib.util.find_spec("matplotlib"):  # else every child would load it anew
+        importlib.import_module("matplotlib").use("Agg")
+        importlib.import_module("matplotlib.pyplot")
 
 
 def checked(number, path, **settings):
@@ -75,7 +82,10 @@ def test_wrong_answers_are_told_apart(number):
 
 
 BAD = {
-    "endless": ("while True:\n    pass", "did not end within 2 s: an endless loop?"),
+    "endless": (
+        "import time\nwhile True:\n    time.sleep(1)",
+        "did not end within 2 s: an endless loop?",
+    ),
     "leaves": ("import os\nos._exit(3)", "the process ended by itself (exit code 3)"),
     "exits": ("raise SystemExit(1)", "line 1 ends the program"),
     "crash": ("1 / 0", "line 1 fails: ZeroDivisionError: division by zero"),
@@ -87,7 +97,14 @@ BAD = {
     "deep": ("def candidate_probs(*x): return candidate_probs(*x)", "line 1 fails: RecursionError"),
     "list": ("def candidate_probs(*x): return [1.0]", "a tensor is asked for, not a list"),
     "text": ("def candidate_probs(*x): return 'P'", "a tensor is asked for, not a str"),
-    "loop": ("def candidate_probs(*x):\n    while True: pass", "an endless loop?"),
+    "debugger": (
+        "def candidate_probs(*x): raise __import__('bdb').BdbQuit",
+        "print instead of breakpoint()",
+    ),
+    "loop": (
+        "import time\ndef candidate_probs(*x):\n    while True: time.sleep(1)",
+        "an endless loop?",
+    ),
 }
 
 
@@ -102,7 +119,7 @@ def test_what_is_no_answer_ends_in_a_sentence_and_not_in_a_traceback(kind, tmp_p
 
 def test_a_property_that_never_ends_does_not_cost_those_before_it(tmp_path):
     solution = (ANSWERS / "ex07.py").read_text()
-    endless = solution.replace("    return values + c, logps", "    while True:\n        pass")
+    endless = solution.replace("    return values + c, logps", "    __import__('time').sleep(99)")
     results, _ = checked(7, answer_with(tmp_path, endless), limit=2.0)
     assert [r.state for r in results] == ["passed"] * 4 + ["wrong"] * 2
 
@@ -143,6 +160,70 @@ def test_predictions_are_shown_beside_what_comes_out_once_the_simulation_works(t
     assert "sums,  predicted      0.90" in said and "means, simulated " in said
     _, said = checked(4, answer_with(tmp_path, solution.replace("1: 0.9", "1: None")))
     assert "means, simulated" not in said
+    _, said = checked(
+        4, answer_with(tmp_path, solution.replace("(scores / temp", "(scores * temp"))
+    )
+    assert "means, simulated" not in said
+
+
+IN_PLACE = {
+    1: ("    logps = logits[", "    ids[~mask] = 0\n    logps = logits["),
+    3: ("    P = (logps / temp", "    rewards *= 1\n    P = (logps / temp"),
+    7: ("    return values + c", "    values += c\n    return values"),
+}
+
+
+@pytest.mark.parametrize("number", IN_PLACE)
+def test_a_change_in_place_costs_no_points_and_is_told(number, tmp_path):
+    solution = (ANSWERS / f"ex{number:02}.py").read_text()
+    results, said = checked(number, answer_with(tmp_path, solution.replace(*IN_PLACE[number])))
+    assert check.score_of(results) == 10, said
+    assert "changes a tensor that it is given: see exercise 6, program D" in said
+    output = check.report_of({number: results})["tests"][-1 if number == 3 else 0]["output"]
+    assert output in ("passed", said.split("\n      ")[1].split("\n")[0])
+
+
+def test_a_change_that_mends_nothing_is_not_taken_for_no_change(tmp_path):
+    skeleton = check.answer_path(6).read_text()
+    other = skeleton.replace(
+        "    mask = place < lengths[:, None]", "    mask = lengths[:, None] > place"
+    )
+    assert other != skeleton
+    results, said = checked(6, answer_with(tmp_path, other))
+    assert [r.state for r in results].count("wrong") == 1
+    assert "the result is what it was: the bug is elsewhere" in said and "the prompt" not in said
+    other = skeleton.replace(
+        "    losses = cross_entropy(", "    # why?\n    losses = cross_entropy("
+    )
+    results, _ = checked(6, answer_with(tmp_path, other))
+    assert {r.state for r in results} == {"not started"}
+
+
+def test_a_detach_that_is_missing_costs_one_property(tmp_path):
+    solution = (ANSWERS / "ex08.py").read_text()
+    results, said = checked(
+        8,
+        answer_with(
+            tmp_path, solution.replace("ref_logps.detach(), rewards.d", "ref_logps, rewards.d")
+        ),
+    )
+    assert check.score_of(results) == 8 and "expected  no gradient at ref_logps" in said
+
+
+def test_what_a_text_was_given_for_a_number_is_shown_as_a_text(tmp_path):
+    solution = (ANSWERS / "ex08.py").read_text()
+    _, said = checked(8, answer_with(tmp_path, solution.replace("TAU = 1.0", 'TAU = "1"')))
+    assert "got       '1'" in said
+
+
+def test_the_advice_of_exercise_10_fits_what_was_tried():
+    advice = check.load(ROOT / "exercises" / "checks" / "ex10.py", "checks_of_10").advice
+    warm = {"sample_temperature": 1.0, "candidates": 16}
+    assert "the sign of your loss is turned" in advice({}, True, -0.43)
+    assert "nearly one-hot" in advice(warm, False, 0.3)
+    assert "more rounds, or another reward_norm" in advice(warm, False, 0.49)
+    own = [advice(warm, True, x) for x in (0.1, 0.49)]
+    assert not re.search("reward_norm|sft_weight|this T", " ".join(own))
 
 
 @pytest.mark.parametrize("way", ["jvp", "backward"])
@@ -175,6 +256,25 @@ def test_the_report_is_what_autograders_read(tmp_path, capsys):
     assert "exercise 7" in capsys.readouterr().out
 
 
+def test_the_lines_of_a_message_begin_alike_in_the_report(tmp_path):
+    results, _ = checked(2, answer_with(tmp_path, "def candidate_probs(*x): return 1.0"))
+    (output, *_) = (test["output"] for test in check.report_of({2: results})["tests"])
+    assert [line.split()[0] for line in output.splitlines()] == ["expected", "got", "likely"]
+    assert not any(line.startswith(" ") for line in output.splitlines())
+
+
+def test_the_file_runs_from_any_folder_and_into_a_pipe_that_closes(tmp_path):
+    command = [sys.executable, str(ROOT / "exercises" / "check.py"), "1"]
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean, stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == ""
+
+
 def test_hidden_checks_stand_in_for_the_public_ones(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -190,6 +290,9 @@ def test_hidden_checks_stand_in_for_the_public_ones(tmp_path):
         (["11"], "invalid choice"),
         (["all", "--file", "x.py"], "--file is the answer to one exercise"),
         (["1", "--file", "nowhere.py"], "nowhere.py: no such file"),
+        (["1", "--file", str(ROOT)], "it is a folder"),
+        (["1", "--report", "nowhere/x.json"], "nowhere/x.json: its folder does not exist"),
+        (["1", "--report", str(ROOT)], "it is a folder"),
         (["1", "--checks", "nowhere"], "nowhere has no ex01.py"),
     ],
 )

@@ -84,6 +84,17 @@ def odd_sizes(answer):
     for seed, sizes in enumerate([(2, 7, 11), (3, 5, 13), (1, 17, 3)]):
         case = texts(*sizes, seed)
         same(call(answer, *case), expected(*case), mistakes(*case))
+    # exp(-200) is 0 in float32
+    far = (
+        np.array([[[0.0, 0.0, -200.0]] * 3]),
+        np.array([[0, 1, 2]]),
+        np.array([[False, True, True]]),
+    )
+    got, right = call(answer, *far), expected(*far)
+    if isinstance(got, torch.Tensor) and got.isinf().any():
+        cause = "log of softmax is -inf where a probability is too small for a float: log_softmax"
+        raise Wrong(right, got, cause)
+    same(got, right, mistakes(*far))
 
 
 def padding(answer):
@@ -110,9 +121,16 @@ def half_precision(answer):
         cause = "200 log-probs are added in half precision, which loses a nat: logits.float() first"
         raise Wrong("float32", str(got.dtype).removeprefix("torch."), cause)
     rough = logits[:, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[:, 1:, None])[..., 0]
-    cause = "log_softmax in half precision, made float32 too late: logits.float() comes first"
-    late = np.where(mask[:, 1:], rough.double().numpy(), 0).sum(-1)
-    same(got, right, mistakes(logits.double().numpy(), ids, mask) | {cause: late})
+    rough = torch.where(torch.tensor(mask[:, 1:]), rough, 0.0)
+    late = {
+        "log_softmax in half precision, made float32 too late: logits.float() comes first": (
+            rough.double().sum(-1)
+        ),
+        "the sum in half precision, made float32 too late: logits.float() comes first": (
+            rough.sum(-1).double()
+        ),
+    }
+    same(got, right, mistakes(logits.double().numpy(), ids, mask) | late)
 
 
 def gradient(answer):
@@ -132,5 +150,10 @@ PROPERTIES = [
     Property("texts of odd sizes", 3, odd_sizes),
     Property("whatever stands in the padding changes nothing", 2, padding),
     Property("half precision is computed in float32", 2, half_precision),
-    Property("its gradient is that of the log-probability", 1, gradient),
+    Property(
+        "its gradient is that of the log-probability",
+        1,
+        gradient,
+        after=("the worked example", "texts of odd sizes"),
+    ),
 ]

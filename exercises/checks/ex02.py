@@ -65,6 +65,7 @@ def wrong_losses(logps, rewards, mask, T):
         "R is divided by T as well: T is of the log-probs alone": -(P * divided).sum(-1),
         "-sum R log P, a cross-entropy (ListNet): LIRE takes P": -cross_entropy.sum(-1),
         "s in the place of P: the softmax of Eq. 4 is missing": -zeroed(R * logps, mask).sum(-1),
+        "logps and rewards stand in each other's place": loss(rewards, logps, mask, T),
         "the mean over M, where the sum is asked for": right / mask.shape[-1],
         "the mean over the real candidates, where the sum is asked for": right / mask.sum(-1),
     }
@@ -144,11 +145,17 @@ def gradients(answer):
         raise Wrong("no gradient at the rewards", leak, "the rewards are data: rewards.detach()")
 
 
+DISTRIBUTION, LOSS = "the listwise distribution, ragged lists", "the loss, ragged lists"
 PROPERTIES = [
     Property("the worked example", 2, worked_example),
-    Property("the listwise distribution, ragged lists", 2, distribution),
-    Property("the loss, ragged lists", 2, losses),
-    Property("padded slots change nothing", 2, padding),
-    Property("sums of thousands of nats give no nan", 1, large_sums),
-    Property("the gradient reaches the log-probs and not the rewards", 1, gradients),
+    Property(DISTRIBUTION, 2, distribution),
+    Property(LOSS, 2, losses, after=(DISTRIBUTION,)),
+    Property("padded slots change nothing", 2, padding, after=(DISTRIBUTION, LOSS)),
+    Property("sums of thousands of nats give no nan", 1, large_sums, after=(DISTRIBUTION,)),
+    Property(
+        "the gradient reaches the log-probs and not the rewards",
+        1,
+        gradients,
+        after=(DISTRIBUTION, LOSS),
+    ),
 ]

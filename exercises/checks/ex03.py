@@ -56,6 +56,8 @@ def wrong_gradients(logps, rewards, mask, T):
             zeroed(-P * (R - total(R)) / T, mask)
         ),
         "1/T is missing: s / T is in the exponent, and the chain rule brings a 1/T out": right * T,
+        "two slips: the sign is turned, and 1/T is missing": -right * T,
+        "two slips: the sign is turned, and T stands in front, not 1/T": -right * T * T,
         "T stands in front as a factor: the derivative of s / T is 1/T": right * T * T,
         "P_j before the bracket is missing: a candidate without mass moves nothing": zeroed(
             -(R - total(P * R)) / T, mask
@@ -118,7 +120,7 @@ def ask(function, *arrays, T):
 
 def no_nan(got, right, cause):
     if isinstance(got, torch.Tensor) and not got.isfinite().all():
-        raise Wrong(right, got, cause)
+        raise Wrong(np.asarray(right), got, cause)
 
 
 def worked_example(answer):
@@ -185,6 +187,7 @@ def largest(answer):
             ),
             "it depends on T: the whole gradient has 1/T in front": 1 / 4,
             "T is a factor: the gradient has 1/T in front": T / 4,
+            "0: an integer division (//)?": 0.0,
             "it is asked for without its sign": -1 / (4 * T),
             "P_1 P_2 is largest where both are 1/2; this is below what can be had": 1 / (8 * T),
         }
@@ -212,6 +215,9 @@ def leads(answer):
             "right for a large lead only, where the larger P is almost 1: solve it exactly": (
                 T * np.log(4 / share)
             ),
+            "a share of the largest is P (1 - P) = share / 4: its solution has sqrt(1 - share)": (
+                T * np.log((1 + np.sqrt(share)) / (1 - np.sqrt(share)))
+            ),
             "log of P, where log of P_1 / P_2 is the lead over T": T * np.log(own),
         }
         if share < 0.25:
@@ -223,12 +229,13 @@ def leads(answer):
         same_number(got, right, wrong)
 
 
+VALUES = ("the worked example", "the gradient, ragged lists")
 PROPERTIES = [
     Property("the worked example", 2, worked_example),
     Property("the gradient, ragged lists", 2, gradients),
-    Property("padded slots change nothing", 1, padding),
-    Property("sums of thousands of nats give no nan", 1, large_sums),
-    Property("the gradient where the score is a mean", 2, mean_scores),
+    Property("padded slots change nothing", 1, padding, after=VALUES),
+    Property("sums of thousands of nats give no nan", 1, large_sums, after=VALUES),
+    Property("the gradient where the score is a mean", 2, mean_scores, after=VALUES),
     Property("the largest gradient", 1, largest),
     Property("how far ahead", 1, leads),
 ]

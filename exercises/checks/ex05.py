@@ -115,7 +115,7 @@ def far_margins(answer):
         got = ask(getattr(answer, name), *given)
         if isinstance(got, torch.Tensor) and not got.isfinite().all():
             cause = "exp of thousands is inf, and inf / inf is nan: torch.sigmoid has no such limit"
-            raise Wrong(right, got, f"{name}: {cause}")
+            raise Wrong(np.array(right), got, f"{name}: {cause}")
         same(got, right)
 
 
@@ -212,7 +212,12 @@ PROPERTIES = [
     Property("the worked example", 2, worked_example),
     Property("LIRE's weight", 2, lire_weights),
     Property("DPO's weight", 1, dpo_weights),
-    Property("margins of thousands of nats give no nan", 1, far_margins),
+    Property(
+        "margins of thousands of nats give no nan",
+        1,
+        far_margins,
+        after=("the worked example", "LIRE's weight", "DPO's weight"),
+    ),
     Property("where LIRE's weight is largest, and how large", 1, peaks),
     Property("what both tend to, far in the wrong order", 1, far_limits),
     Property("LIRE at a large temperature", 1, large_temperatures),

@@ -42,6 +42,8 @@ def wrong_values(ref_logps, rewards, tau):
         "tau divides the reference's log-probs too": tau * logsumexp((ref_logps + rewards) / tau),
         "tau is not used": logsumexp(ref_logps + rewards),
         "the log is missing": tau * (ref * np.exp(rewards / tau)).sum(-1),
+        "tau divides the reference's log-probs, and not r: are the two in the wrong order?": tau
+        * logsumexp(ref_logps / tau + rewards),
         "the sign is turned": -right,
         "log-probs stand where probabilities belong": tau
         * np.log((ref_logps * np.exp(rewards / tau)).sum(-1)),
@@ -64,6 +66,9 @@ def wrong_policies(ref_logps, rewards, tau):
             ref_logps + rewards * tau - logsumexp(ref_logps + rewards * tau)[:, None]
         ),
         "tau is not used": policy(ref_logps, rewards, 1.0),
+        "tau divides the reference's log-probs, and not r: are the two in the wrong order?": (
+            ref_logps / tau + rewards - logsumexp(ref_logps / tau + rewards)[:, None]
+        ),
         "tau divides the reference's log-probs too": (
             (ref_logps + rewards) / tau - logsumexp((ref_logps + rewards) / tau)[:, None]
         ),
@@ -75,12 +80,13 @@ def tensors(*arrays):
 
 
 def worked_example(answer):
-    case = np.log([[0.5, 0.3, 0.2]]), np.array([[1.0, 0.0, -1.0]]), 1.0
-    total = 0.5 * np.e + 0.3 + 0.2 / np.e
-    got = answer.optimal_value(*tensors(*case[:2]), 1.0)
-    same(got, [np.log(total)], wrong_values(*case))
-    right = np.log([[0.5 * np.e, 0.3, 0.2 / np.e]]) - np.log(total)
-    same(answer.optimal_logps(*tensors(*case[:2]), 1.0), right, wrong_policies(*case))
+    case = np.log([[0.5, 0.3, 0.2]]), np.array([[1.0, 0.0, -1.0]]), 2.0
+    root = np.exp(1 / 2)
+    total = 0.5 * root + 0.3 + 0.2 / root
+    got = answer.optimal_value(*tensors(*case[:2]), 2.0)
+    same(got, [2 * np.log(total)], wrong_values(*case))
+    right = np.log([[0.5 * root, 0.3, 0.2 / root]]) - np.log(total)
+    same(answer.optimal_logps(*tensors(*case[:2]), 2.0), right, wrong_policies(*case))
 
 
 def values(answer):
@@ -147,11 +153,12 @@ def a_scale(answer):
     same(answer.scaled_value(*tensors(before), k), k * before, wrong)
 
 
+VALUES = ("the worked example", "V* on sets of odd sizes", "pi* on sets of odd sizes")
 PROPERTIES = [
     Property("the worked example", 2, worked_example),
     Property("V* on sets of odd sizes", 2, values),
     Property("pi* on sets of odd sizes", 2, policies),
-    Property("a tau of 0.001 gives no inf", 1, log_space),
+    Property("a tau of 0.001 gives no inf", 1, log_space, after=VALUES),
     Property("c(x) added to the rewards", 2, a_shift),
     Property("rewards multiplied by k", 1, a_scale),
 ]

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import torch
 
-from exercises.judge import Property, Wrong, as_array, same
+from exercises.judge import UNKNOWN, Property, Wrong, as_array, same
 
 FORBIDDEN = ("dro", "objectives", "frontier", "train", "harness", "experiments", "tests")
 
@@ -108,8 +108,17 @@ def both(result):
     return result
 
 
+def not_swapped(policy, *case):
+    """Raises: Wrong where the losses of the policy are those of the value."""
+    right, other = policy_loss(*case), value_loss(*case)
+    got = as_array(policy, right.shape)
+    if np.allclose(got, other, atol=1e-5) and not np.allclose(got, right, atol=1e-5):
+        raise Wrong(right, got, "the two losses are in the other order: the policy's comes first")
+
+
 def check_losses(answer, *case):
     policy, value = both(answer.losses(*tensors(*case[:4]), case[4]))
+    not_swapped(policy, *case)
     same(policy, policy_loss(*case), wrong_policies(*case))
     same(value, value_loss(*case), wrong_values(*case))
 
@@ -119,7 +128,7 @@ WORKED = [np.array(x) for x in ([-3, -5.0], [-3.5, -4.2], [1, -0.5], [0.2, 0.1])
 
 def worked_example(answer):
     check_losses(answer, *WORKED, 0.5)
-    check_gradients(answer, *WORKED, 0.5)
+    check_gradients(answer, *WORKED, 0.5, held=False)  # a leak has a property of its own
 
 
 def odd_sizes(answer):
@@ -135,6 +144,7 @@ def gradients_of(losses, given):
     return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(given, found)]
 
 
+GIVEN = ("logps", "ref_logps", "rewards", "values")
 HELD = {
     "policy": (
         "",
@@ -151,17 +161,17 @@ HELD = {
 }
 
 
-def check_gradients(answer, *case):
+def check_gradients(answer, *case, held=True):
     given = [x.requires_grad_() for x in tensors(*case[:4])]
     ratios, advantages, residuals = parts(*case)
-    slopes = {}
-    for (name, causes), losses in zip(HELD.items(), both(answer.losses(*given, case[4]))):
-        if not isinstance(losses, torch.Tensor):
-            raise Wrong("a tensor", losses, "the losses have to be tensors, with their gradients")
+    result, slopes = both(answer.losses(*given, case[4])), {}
+    not_swapped(result[0], *case)
+    for (name, causes), losses in zip(HELD.items(), result):
+        as_array(losses, ratios.shape)
         slopes[name] = gradients_of(losses, given)
-        for cause, slope in zip(causes, slopes[name]):
-            if cause and slope.abs().max() > 0:
-                raise Wrong("no gradient there", slope, cause)
+        for at, cause, slope in zip(GIVEN, causes, slopes[name]):
+            if held and cause and slope.abs().max() > 0:
+                raise Wrong(f"no gradient at {at}", slope, cause)
     wrong = {
         "no gradient reaches logps: the whole loss is detached": np.zeros_like(ratios),
         "l^2 has no gradient: the policy's own l must not be detached": -advantages,
@@ -214,7 +224,7 @@ def wrong_ends(tau, coefficient, got):
     right = descend(tau, coefficient)[-1]
     even = (1 / 3, 1 / 3, 1 / 3)
     ways = np.concatenate([descend(tau, coefficient, rate=rate) for rate in (0.5, 0.1)])
-    held, own = descend(tau, coefficient, value=0.0), as_array(got, right)
+    held = descend(tau, coefficient, value=0.0)
     return {
         "this is pi_ref, where the descent starts: does a step change anything?": REF,
         "log pi, where pi is asked for": np.log(right),
@@ -229,21 +239,27 @@ def wrong_ends(tau, coefficient, got):
         ),
         "the coefficient is halved once more": descend(tau, coefficient / 2)[-1],
         "a point on the way: take more steps, until nothing moves": (
-            ways[np.abs(ways - own).sum(-1).argmin()]
+            ways[np.abs(ways - got).sum(-1).argmin()]
         ),
     }
 
 
+NO_PROBS = "these are no probabilities, below 0 or not 1 in sum: return softmax of the logits"
+
+
 def check_end(answer, tau, coefficient, right):
     got = answer.end_point(tau, coefficient)
-    if isinstance(got, torch.Tensor) and got.shape == (3,):
-        if not got.isfinite().all() or got.max() > 1 - 1e-6:
-            cause = "it diverges, and should not: a turned sign, a large rate, another coefficient?"
-            raise Wrong(right, got, cause)
+    probs = as_array(got, right.shape)
+    is_policy = probs.min() >= 0 and abs(probs.sum() - 1) < 1e-3
+    if not np.isfinite(probs).all() or (is_policy and probs.max() > 1 - 1e-6):
+        cause = "it diverges, and should not: a turned sign, a large rate, another coefficient?"
+        raise Wrong(right, got, cause)
     try:
         same(got, right, tolerance=2e-3)
-    except Wrong:  # only now, as the mistakes take half a second to compute
-        same(got, right, wrong_ends(tau, coefficient, got), tolerance=2e-3)
+    except Wrong:  # only now, as the mistakes take a while to compute
+        unknown = UNKNOWN if is_policy else NO_PROBS
+        wrong = wrong_ends(tau, coefficient, probs)
+        same(got, right, wrong, tolerance=2e-3, unknown=unknown)
 
 
 def right_ends(answer):
@@ -253,7 +269,7 @@ def right_ends(answer):
 
 def other_ends(answer):
     for tau, coefficient in ((0.1, 0.5), (0.5, 0.5), (2.0, 0.5), (1.5, 0.6)):
-        check_end(answer, tau, coefficient, descend(tau, coefficient)[-1])
+        check_end(answer, tau, coefficient, descend(tau, coefficient, steps=600)[-1])
 
 
 ENDS = at_the_optimum, between, beyond, nowhere = (
@@ -288,13 +304,14 @@ def answers(answer):
         raise Wrong("an answer", "None", f"{missing[0]} is not answered yet")
     tau = given["AGREE_AT_TAU"]
     if isinstance(tau, bool) or not isinstance(tau, (int, float)):
-        raise Wrong("a number", tau, "AGREE_AT_TAU is a tau, a number")
+        raise Wrong("a number", repr(tau), "AGREE_AT_TAU is a tau, a number")
     if abs(tau - 1) > 1e-6:
         cause = "at this tau the number that you derived is not the printed 1/2"
         raise Wrong("the tau at which both end at the same policy", tau, cause)
     for name, causes in WRONG_ENDS.items():
         if given[name] not in ENDS:
-            raise Wrong("a string of ENDS", given[name], f"{name} is none of the strings in ENDS")
+            cause = f"{name} is none of the strings in ENDS"
+            raise Wrong("a string of ENDS", repr(given[name]), cause)
         if given[name] in causes:
             raise Wrong("another end", given[name], f"{name}: {causes[given[name]]}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import train
-from exercises.judge import Property, Wrong, same
+from exercises.judge import Property, Wrong, odd_number, same
 
 FORBIDDEN = ("dro", "objectives", "harness", "tests")
 TRUE = {
@@ -35,7 +35,10 @@ def predictions(answer):
     for name in TRUE:
         if given.get(name) not in answer.CHOICES:
             cause = "every line of PREDICTED has one of CHOICES, before anything is run"
-            raise Wrong(f"{name}: one of {', '.join(answer.CHOICES)}", given.get(name), cause)
+            choices = ", ".join(answer.CHOICES)
+            raise Wrong(f"{name}: one of {choices}", repr(given.get(name)), cause)
+    if given == TRUE:
+        print("predicted  all five as it is")
     for name, right in TRUE.items():
         if given[name] != right:
             print(f"predicted  {name} {given[name]}; it {right}")
@@ -60,6 +63,9 @@ def wrong_residuals(rewards, ratios, values, tau, measure):
         "the value is added: it is subtracted": measure(rewards + V - tau * ratios),
         "the log-ratio is left out": measure(rewards - V),
         "the value is left out": measure(rewards - tau * ratios),
+        "values may be [B, M] too: values[:, None] is for [B] alone": measure(
+            rewards - values[:, None] - tau * ratios
+        ),
     }
 
 
@@ -134,8 +140,11 @@ def objection(own):
         return f"settings() returns a dict, not a {type(own).__name__}"
     if unknown := set(own) - set(MAY_SET):
         return f"{', '.join(sorted(unknown))}: only {', '.join(MAY_SET)} may be set"
-    c = {"candidates": 8, "evolve": 1, "iterate": 1, "steps": 250, "lr": 1e-3, "value_lr": None}
+    c = {"candidates": 8, "evolve": 1, "iterate": 1, "steps": 120, "lr": 1e-3, "value_lr": None}
     c |= own
+    numbers = {name: value for name, value in own.items() if (name, value) != ("value_lr", None)}
+    if odd := odd_number(numbers, ("candidates", "evolve", "iterate", "steps")):
+        return odd
     if c["steps"] > 400:
         return f"{c['steps']} steps: at most 400, it is a classroom"
     if c["candidates"] > 1:
@@ -148,8 +157,13 @@ def objection(own):
             f"the policy learns at {c['lr']:g}: then within_prompt falls because of what it has "
             "learnt; hold it still with a tiny lr"
         )
+    if c["value_lr"] is None and c["lr"] < 3e-4:
+        return f"V learns at {c['lr']:g}, by default the policy's rate: value_lr"
     if (c["value_lr"] or c["lr"]) < 3e-4:
-        return f"V learns at {c['value_lr'] or c['lr']:g}, by default the policy's rate: value_lr"
+        return (
+            f"value_lr {c['value_lr']:g} is too small: V hardly moves in {c['steps']} steps. "
+            "(Not set, it is lr.)"
+        )
     return ""
 
 

@@ -34,7 +34,7 @@ def program_c(token_logps, ref_token_logps, prompt_lengths, lengths):
     return torch.where(mask, differences, 0.0).sum(-1)
 
 
-def numbers_change(objective):
+def bug_changes_loss(objective):
     return objective == "dro"
 
 
