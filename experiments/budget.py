@@ -1,6 +1,6 @@
 """How much of the optimum do N rewards buy? Offline, on samples of the reference, dialogue.
 
-    python -m experiments.budget          3 seeds: five hours on two cores
+    python -m experiments.budget          3 seeds: some hours on two cores
     python -m experiments.budget --quick  two sizes, one seed, a short training
 
 N is how many responses were sampled and scored. DRO and KTO read them as single responses, 128 an
@@ -274,7 +274,7 @@ def draw(results: dict, path: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, constrained_layout=True)
     shown = {
         "efficiency": "efficiency, KL beside it",
         "reward_at_1": "reward at 1 nat, on the way there",
@@ -299,7 +299,7 @@ def draw(results: dict, path: Path) -> str:
                 ax.annotate(f"{at[2]:.1f}", at[:2], **place, color=look["color"])
         ax.set(xscale="log", xlabel="N, scored responses", ylabel=label)
         ax.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside center right")
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return f"picture: {path}"
