@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from exercises.judge import Property, Wrong, gradient_of, same
+from exercises.oracle import log_softmax, token_logps
 
 FORBIDDEN = ("model", "t5", "data", "train", "harness", "lire", "transformers", "trl")
 
@@ -19,24 +20,13 @@ def texts(B, T, V, seed):
     return logits, ids, (place >= starts[:, None]) & (place < ends[:, None])
 
 
-def log_softmax(x):
-    top = x.max(-1, keepdims=True)
-    return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
-
-
-def tokens(logits, ids):
-    """log-prob of every token [B, T]; 0 for the first, which nothing predicts."""
-    logps = np.take_along_axis(log_softmax(logits)[:, :-1], ids[:, 1:, None], -1)[..., 0]
-    return np.pad(logps, ((0, 0), (1, 0)))
-
-
 def expected(logits, ids, mask):
-    return np.where(mask, tokens(logits, ids), 0.0).sum(-1)
+    return np.where(mask, token_logps(logits, ids), 0.0).sum(-1)
 
 
 def mistakes(logits, ids, mask):
     """Every usual mistake, and the numbers that it gives."""
-    own, right = tokens(logits, ids), expected(logits, ids, mask)
+    own, right = token_logps(logits, ids), expected(logits, ids, mask)
     late = np.pad(mask[:, :-1], ((0, 0), (1, 0)))
     early = np.pad(mask[:, 1:], ((0, 0), (0, 1)))
     begun = np.cumsum(mask, -1) > 0

@@ -12,6 +12,7 @@ from torch import nn
 
 from exercises.judge import Property, Wrong
 from exercises.judge import same as same_as
+from exercises.oracle import tensors, token_logps
 
 FORBIDDEN = (
     *("model", "t5", "data", "train", "harness", "lire", "dro", "baselines", "objectives"),
@@ -114,11 +115,6 @@ def is_mended(letter, numbers, answer):
         raise Wrong("a string of NAMES", "None", cause)
 
 
-def tensors(*arrays):
-    """float32; integers and bools stay what they are."""
-    return [torch.tensor(x, dtype=torch.float32 if x.dtype == float else None) for x in arrays]
-
-
 def over(where, values):
     return np.where(where, values, 0.0).sum(-1)
 
@@ -129,17 +125,6 @@ def lengths_of(B, T, rng):
     ends = np.array([rng.integers(start + 2, T + 1) for start in prompts])
     ends[0] = min(ends[0], T - 2)
     return prompts, ends
-
-
-def log_softmax(x):
-    top = x.max(-1, keepdims=True)
-    return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
-
-
-def tokens(logits, ids):
-    """log-prob of every token [B, T]; 0 for the first, which nothing predicts."""
-    logps = np.take_along_axis(log_softmax(logits)[:, :-1], ids[:, 1:, None], -1)[..., 0]
-    return np.pad(logps, ((0, 0), (1, 0)))
 
 
 def texts(B, T, V, seed):
@@ -160,7 +145,7 @@ SIZES = [(3, 11, 7), (2, 13, 5), (1, 7, 3)]
 def numbers_a(answer):
     for seed, (B, T, V) in enumerate(SIZES):
         logits, ids, mask = texts(B, T, V, seed)
-        sums = -over(mask, tokens(logits, ids))
+        sums = -over(mask, token_logps(logits, ids))
         to_the_end = np.cumsum(mask[:, ::-1], -1)[:, ::-1] > 0
         wrong = {
             AS_GIVEN["A"]: sums.sum() / B / (T - 1),
@@ -271,7 +256,7 @@ ONE_TEXT += "contiguous() copies only where it must"
 def numbers_d(answer):
     for seed, (rows, T, V) in enumerate(SIZES):
         logits, ids, mask = texts(rows, T, V, 30 + seed)
-        at_zero = tokens(logits, np.where(mask, ids, 0))
+        at_zero = token_logps(logits, np.where(mask, ids, 0))
         right = over(mask, at_zero)
         wrong = {
             AS_GIVEN["D"] if rows > 1 else ONE_TEXT: at_zero.sum(-1),
@@ -319,7 +304,7 @@ def numbers_e(answer):
             x.detach().double().numpy()
             for x in (policy.embedding.weight, policy.head.weight, policy.head.bias)
         )
-        right = over(mask, tokens(table[ids] @ weight.T + bias, ids))
+        right = over(mask, token_logps(table[ids] @ weight.T + bias, ids))
         got = answer.program_e(policy, *tensors(ids, mask))
         if any(Policy.dropped):
             again = answer.program_e(policy, *tensors(ids, mask))
@@ -328,7 +313,7 @@ def numbers_e(answer):
                 cause = "every call gives the same numbers now, and dropout is still on: a seed "
                 cause += "chooses what is dropped, and something is dropped all the same"
             raise Wrong(right, got, cause)
-        wrong = {"the mask is not used": tokens(table[ids] @ weight.T + bias, ids).sum(-1)}
+        wrong = {"the mask is not used": token_logps(table[ids] @ weight.T + bias, ids).sum(-1)}
         same(got, right, wrong)
         untouched(policy)
 
