@@ -10,10 +10,10 @@ most on training prompts that no run reads, seed 0 (10 passes over 100,000 would
 left out). Efficiency (docs/metrics.md) is told with its KL; the reward at a KL is interpolated
 along each run's own way there, and - where it never got so far.
 
-The leak table is about the largest N: how many answers are broken (of two sentences that say
-nothing, another subject, bad grammar: reward 0), and the mean log-ratio log pi/pi_ref of broken and
-unbroken answers, of samples of the reference and of the policy. pi* is the optimum at the policy's
-KL. Writes results/budget.json, .txt and, where matplotlib is present, .png.
+The leak table is about the largest N: how many answers are broken (bad grammar, another subject, a
+word off topic: reward 0), and the mean log-ratio log pi/pi_ref of broken and unbroken answers, of
+samples of the reference and of the policy. The optimum is that of the policy's KL.
+Writes results/budget.json, .txt and, where matplotlib is present, .png.
 """
 
 import argparse
