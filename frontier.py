@@ -5,6 +5,7 @@ than pi* = pi_ref exp((r - V*) / tau), with one tau for all prompts and a normal
 (dro.optimal_logps). Matching the KL prompt by prompt, or one normaliser for all, is wrong.
 
     tau_at_kl(ref_logps, rewards, kl)     -> tau of the optimum at this KL
+    optimum_at_kl(log_b, rewards, kl)     -> the same tau, and the optimum itself
     frontier_curve(log_b, rewards)        -> the whole curve, to draw
     frontier(log_b, log_w, rewards)       -> Frontier: a policy beside the optimum at its own KL
     reported_efficiency(frontier, kl)     -> how near, where it means something
@@ -74,6 +75,20 @@ def greedy_logps(ref_logps: Tensor, rewards: Tensor) -> Tensor:
     _check(ref_logps, rewards)
     best = rewards.max(-1, keepdim=True).values
     return ref_logps.masked_fill(rewards < best, -torch.inf).log_softmax(-1)
+
+
+def optimum_at_kl(log_b: Tensor, rewards: Tensor, kl: float) -> tuple[float, Tensor]:
+    """The best policy of this KL: its tau and its log-weights [B, N].
+
+    Where no tau reaches that much KL, it is the limit tau -> 0 at less, and tau is 0.
+
+    Args: log_b, rewards [B, N], as `frontier`; kl: nats, mean over prompts.
+    Raises: ValueError on other shapes.
+    """
+    tau = tau_at_kl(log_b, rewards, kl)
+    if math.isnan(tau):
+        return 0.0, greedy_logps(log_b, rewards)
+    return tau, optimal_logps(log_b, rewards, tau)
 
 
 class Frontier(NamedTuple):
@@ -176,10 +191,7 @@ def frontier(
     base, earned = (log_b.exp() * rewards).sum(-1), (log_w.exp() * rewards).sum(-1)  # [B]
     kl = kl_divergence(log_w, log_b)  # [B]
 
-    # The optimum at the policy's KL; where no tau reaches that much, the limit tau -> 0 at less.
-    tau = tau_at_kl(log_b, rewards, kl.mean().item())
-    beyond = math.isnan(tau)
-    best_logps = greedy_logps(log_b, rewards) if beyond else optimal_logps(log_b, rewards, tau)
+    tau, best_logps = optimum_at_kl(log_b, rewards, kl.mean().item())
     best = best_logps.exp()  # [B, N]
     optimal = (best * rewards).sum(-1).mean().item()
 
@@ -209,7 +221,7 @@ def frontier(
         reference_reward=base.mean().item(),
         policy_reward=earned.mean().item(),
         kl=kl.mean().item(),
-        tau=0.0 if beyond else tau,
+        tau=tau,
         optimal_kl=kl_divergence(best_logps, log_b).mean().item(),
         optimal_reward=optimal,
         optimal_reward_se=torch.stack(optima).std().item(),

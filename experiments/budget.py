@@ -27,7 +27,7 @@ from torch import Tensor
 
 import data
 import frontier
-from dro import optimal_logps
+from dro import kl_divergence
 from experiments.cells import folder_of, run_cells, write_results
 from experiments.compare import all_weights
 from experiments.tables import mean_and_spread
@@ -156,8 +156,7 @@ def leak_metrics(ratios: Tensor, broken: Tensor, rewards: Tensor) -> dict:
         metrics[f"{who}_ratio_unbroken"] = ratios[:, own][~broken[:, own]].mean().item()
     metrics["policy_unbroken_reward"] = rewards[:, n:][~broken[:, n:]].mean().item()
     log_b, log_w = frontier.mixture_weights(ratios)
-    tau = frontier.frontier(log_b, log_w, rewards, resamples=2).tau
-    best = optimal_logps(log_b, rewards, tau) if tau else frontier.greedy_logps(log_b, rewards)
+    _, best = frontier.optimum_at_kl(log_b, rewards, kl_divergence(log_w, log_b).mean().item())
     weight = best.exp() * ~broken  # of unbroken answers
     metrics["optimum_broken"] = 1 - weight.sum(-1).mean().item()
     metrics["optimum_unbroken_reward"] = ((weight * rewards).sum() / weight.sum()).item()
