@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -75,6 +76,14 @@ def run_cells(cells: list[Config], jobs: int = 0) -> list[dict]:
             minutes = (time.time() - began) / n * (len(todo) - n) / 60
             print(f"cell {n}/{len(todo)}  {minutes:.0f} min left", flush=True)
     return [run_one(c) for c in cells]
+
+
+def run_quietly(config: Config) -> tuple[dict, list[dict]]:
+    """A run that is no cell, its output left aside: its metrics, and the rows of its log."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics = train.main(config)
+    lines = (Path(config.out) / "log.jsonl").read_text().splitlines()
+    return metrics, [json.loads(line) for line in lines]
 
 
 # -------------------------------------------------------------------------------- results/NAME.json

@@ -4,8 +4,6 @@ Each function gives what one figure shows: of a formula, of runs of a few second
 whose settings stand above it, or of a file of results/.
 """
 
-import contextlib
-import io
 import json
 import statistics
 import tempfile
@@ -18,7 +16,7 @@ from torch import Tensor
 import baselines
 import dro
 import lire
-import train
+from experiments.cells import run_quietly
 from experiments.compare import compare_rows
 from train import Config
 
@@ -46,9 +44,7 @@ def finished(*settings: dict) -> list[Finished]:
     with tempfile.TemporaryDirectory() as folder:
         for k, own in enumerate(settings):
             out = Path(folder) / f"run-{k}"
-            with contextlib.redirect_stdout(io.StringIO()):
-                metrics = train.main(Config(**RUN | own, out=str(out)))
-            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            metrics, log = run_quietly(Config(**RUN | own, out=str(out)))
             runs.append(Finished(log, metrics, json.loads((out / "frontier.json").read_text())))
     return runs
 

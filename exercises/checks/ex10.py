@@ -1,15 +1,12 @@
 """What a right answer to exercise 10 does."""
 
-import contextlib
-import io
-import json
 import tempfile
-from pathlib import Path
 
 import torch
 
 import train
 from exercises.judge import Property, Wrong, not_a, odd_number
+from experiments.cells import run_quietly
 from objectives import OBJECTIVES, Objective
 
 FORBIDDEN = ("lire", "dro", "baselines", "objectives", "harness", "tests")
@@ -148,13 +145,11 @@ def efficiency(answer):
         with tempfile.TemporaryDirectory() as folder:
             config = train.Config(**settings, seed=seed, out=f"{folder}/run")
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    metrics = train.main(config)
+                metrics, rows = run_quietly(config)
             except (train.ConfigError, FloatingPointError) as e:
                 raise Wrong("a run", own, f"such a run ends early: {e}") from None
-            lines = Path(f"{folder}/run/log.jsonl").read_text().splitlines()
         found.append(metrics["efficiency"] or 0.0)
-        show(seed, [json.loads(line) for line in lines], metrics)
+        show(seed, rows, metrics)
     RUNS["mean"] = sum(found) / len(found)
     print(f"mean efficiency {RUNS['mean']:.2f}")
     return RUNS["mean"]
