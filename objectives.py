@@ -342,7 +342,7 @@ OBJECTIVES = {
         reward_norm=("global", "none"),
         strength="tau",
         # V and policy learn more from many prompts than from many answers to each.
-        on_tasks={"candidates": 2, "batch_size": 64, "steps": 1600},
+        on_tasks={"candidates": 2, "batch_size": 64, "steps": 1600, "iterate": 2},
         conflict=dro_conflict,
         metrics=dro_metrics,
         residual=dro_residual,

@@ -379,7 +379,10 @@ TASKS = {
     "summary": TaskRow(summary, {"reference_lr": 2e-3, "reference_steps": 800, "steps": 400}),
     "tiny": TaskRow(
         tiny,
-        {"reference_steps": 200, "steps": 120, "batch_size": 16, "candidates": 8},
+        {
+            **{"reference_steps": 200, "steps": 120, "batch_size": 16, "candidates": 8},
+            "eval_prompts": 20,  # all held-out ones; each has 584 responses, and all are scored
+        },
         unread=("vocab_size",),
     ),
 }

@@ -53,7 +53,7 @@ LADDERS = {
     "pro": ("sft_weight", (1.0, 0.5, 0.2, 0.1, 0.05, 0.02)),
 }
 SHOWN_WHOLE = ("lire", "dro", "dpo", "kto", "rwr")  # with the strengths beside the default
-POOL = {"evolve": 1, "candidates": 8, "batch_size": 16}
+POOL = {"evolve": 1, "candidates": 8, "batch_size": 16, "iterate": 1}
 COMMON = {**POOL, "steps": 200, "eval_prompts": 32, "eval_samples": 32}
 QUICK = {**POOL, "steps": 80, "eval_prompts": 16, "eval_samples": 32, "reference_steps": 300}
 COLUMNS = """

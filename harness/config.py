@@ -66,7 +66,7 @@ class Config:
     )
     sample_temperature: float = option(1.0, "of the pools; evaluation samples at 1", positive=True)
     evolve: int | None = option(None, "rounds, each with a new pool; 0: the data's own lists")
-    iterate: int = option(1, "passes over the pool of a round", positive=True)
+    iterate: int | None = option(None, "passes over the pool of a round", positive=True)
     temperature: float | None = option(None, "LIRE's T", positive=True)
     score: str | None = option(None, "of the token log-probs, what LIRE compares", ("sum", "mean"))
     reward_norm: str | None = option(
@@ -110,6 +110,7 @@ ON_TASKS = {
     "reference_lr": 3e-3,
     "candidates": 8,
     "batch_size": 16,
+    "iterate": 1,
     "steps": 250,
     "eval_prompts": 48,
     "eval_samples": 64,
