@@ -221,7 +221,7 @@ def main(config: Config) -> dict:
     set_numerics(c)
     # What it learns on: a task or files, tokenised. Files may decide a setting, or teach nothing.
     world = make_world(c)
-    if c.data:
+    if c.data and not c.reward:
         rewards = [reward for e in own_lists(c, world) for reward in e.rewards]
         c = with_settings_of_the_data(c, rewards)
     with locked(Path(c.out)):

@@ -46,6 +46,9 @@ class Config:
     data: list[str] = option(list, "files of lists instead of a task (.jsonl, .jsonl.gz)")
     eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
     limit: int = option(0, "use the first so many lists of --data, 0 for all")
+    reward: str = option(
+        "", "FILE.py:function, (prompt, response) -> number: --data's prompts get what a task has"
+    )
     max_prompt: int = option(
         256, "tokens of a prompt, a longer one loses its beginning", positive=True
     )
@@ -128,6 +131,8 @@ def run_defaults(config: Config) -> dict[str, Any]:
     row = OBJECTIVES[config.objective]
     objective = row.run_defaults()
     objective["lr"] *= T5_RATE if config.model == "t5" else 1
+    if config.data and config.reward:
+        return ON_FILES | {"candidates": ON_TASKS["candidates"]} | objective
     if config.data:  # a file has no reward for new samples
         return ON_FILES | objective | {"evolve": 0}
     return ON_TASKS | objective | row.on_tasks | TASKS[config.task].defaults
@@ -180,11 +185,13 @@ def resolve(config: Config) -> Config:
             f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
         )
     _check_size(c)
-    if c.data and c.evolve:
+    if c.data and c.evolve and not c.reward:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
-            "function: leave it at 0"
+            "function: leave it at 0, or give one with --reward FILE.py:function"
         )
+    if c.reward and not c.data:
+        raise ConfigError("--reward goes with --data: a task has its own")
     if 0 < c.steps < c.evolve:
         raise ConfigError(
             f"--evolve {c.evolve}: every round needs an update, and --steps is {c.steps}"
@@ -306,7 +313,7 @@ def _free_folder(c: Config) -> str:
 def settings_read(c: Config) -> dict[str, Any]:
     """The settings that this run reads, of a Config that `resolve` has filled in."""
     if c.data:
-        unread = {"eval_samples", "task"}
+        unread = {"task"} if c.reward else {"eval_samples", "task"}
     else:
         unread = {"data", "eval_data", "limit", *TASKS[c.task].unread}
     if not c.evolve:
@@ -333,7 +340,7 @@ def run_settings(c: Config) -> dict[str, Any]:
     return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
 
 
-FILES = ("data", "eval_data")  # they may move: a checkpoint is held to what is in them
+FILES = ("data", "eval_data", "reward")  # they may move: a checkpoint is held to what is in them
 
 
 def difference(there: dict, here: dict) -> str:

@@ -14,6 +14,7 @@ import data
 import model as models
 from data import DataError, Example, Task
 from harness.config import Config, ConfigError, learn_from_singles, why_lists
+from harness.reward import task_of_files
 from objectives import OBJECTIVES
 
 
@@ -44,9 +45,15 @@ def make_world(c: Config) -> World:
 
     Raises: DataError, ConfigError.
     """
+    task, source = None, ""
     if c.data:
-        task, (records, heldout) = None, load_files(c)
+        records, heldout = load_files(c)
         rounds, first = [records], []
+        if c.reward:
+            task, source = task_of_files(c, records, heldout)
+        if c.evolve:
+            parts = round_prompts(c, 0, len(task.train))
+            rounds = [unanswered(task.prompts("train", start, n)) for start, n in parts]
     else:
         task, heldout = data.make_task(c.task, c.seed), []
         # First what the reference reads, each list once; then what each round does.
@@ -68,7 +75,7 @@ def make_world(c: Config) -> World:
     elif task and task.vocabulary:
         ranks = data.word_ranks(task.vocabulary)
     else:
-        some = task.logged(0, 1000) if task else records
+        some = records if c.data else task.logged(0, 1000)
         texts = (t for r in some for t in [r["prompt"], *(" " + y for y in r["responses"])])
         ranks = data.train_bpe(texts, c.vocab_size)
     enc = data.encoding(ranks) if ranks else enc
@@ -81,20 +88,20 @@ def make_world(c: Config) -> World:
         return data.tokenize(records, enc, c.max_prompt, c.max_response, say)
 
     allowed = data.allowed_tokens(task, enc) if task else None
-    logged = tokens(records) if task else tokens(records, print)
+    logged = tokens(records, print) if c.data else tokens(records)
     return World(
         enc=enc,
         ranks=ranks,
         task=task,
         logged=logged,
         train=tokens(unanswered(first)),
-        rounds=[tokens(lists) for lists in rounds] if task else [logged],
+        rounds=[logged if lists is records else tokens(lists) for lists in rounds],
         heldout=tokens(unanswered(task.heldout) if task else heldout),
         ood=tokens(unanswered(task.ood)) if task else [],
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=min(c.max_response, task.max_response) if task else c.max_response,
         fingerprint=hashlib.sha256(json.dumps([records, heldout]).encode()).hexdigest(),
-        rounds_fingerprint=hashlib.sha256(json.dumps(rounds).encode()).hexdigest(),
+        rounds_fingerprint=hashlib.sha256((json.dumps(rounds) + source).encode()).hexdigest(),
     )
 
 
@@ -143,7 +150,8 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
             f"{', '.join(c.data)}: {len(records)} lists to train on and {len(heldout)} held out, "
             "expected some of both: give more lists, or held-out ones with --eval-data"
         )
-    if reason := why_lists(c):
+    reason = "" if c.reward and c.evolve else why_lists(c)
+    if reason:
         if all(len(r["responses"]) < 2 for r in records):
             raise ConfigError(
                 f"--objective {c.objective} {reason}, and every list here has a single response: "
