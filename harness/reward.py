@@ -52,7 +52,7 @@ def own_reward(named: str) -> tuple[Callable[[str, str], float], str]:
 def reason(error: BaseException, path: str) -> str:
     """An exception in one line, with the last line of the user's file on the way to it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    line = lines[-1] if lines else getattr(error, "lineno", None)
     return f"line {line}: {type(error).__name__}: {short(error)}"
 
 
