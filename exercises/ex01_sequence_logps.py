@@ -1,12 +1,13 @@
 """Exercise 1 (implement, 20 minutes): the log-probability of a response.
 
-Everything in both papers stands on one number per response, log pi(y | x). A language model gives
-logits for the next token at every place of the text; the number you want is
+Everything in LIRE and DRO stands on one number per response y to a prompt x, log pi(y | x): a
+natural log, so its unit is the nat. A language model gives logits for the next token at every place
+of the text; the number you want is
 
     log pi(y | x) = sum_t log softmax(logits at the place before y_t)[y_t]
 
-the sum over the response's tokens. Its end token (EOS) is one of them: a model that may stop early
-must pay for it. The prompt's tokens are not: x is given.
+the sum over the response's tokens. Its end token (EOS) is one of them: to stop there is a choice of
+the model too, with a probability of its own. The prompt's tokens are not: x is given.
 
 Write `sequence_logps` below. B texts, each T tokens long, V tokens in the vocabulary:
 

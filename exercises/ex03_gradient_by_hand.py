@@ -1,4 +1,4 @@
-"""Exercise 3 (derive and implement, 40 minutes): LIRE's gradient, by hand.
+"""Exercise 3 (derive and implement, 30 minutes): LIRE's gradient, by hand.
 
 An update raises the log-probability of some candidates of a list and lowers that of others. Which,
 and how much? The gradient says it. The list is the one of exercise 2, its rewards R are now used as
@@ -24,22 +24,32 @@ A worked example. One list, M = 3, the last slot is not real, T = 2:
     s = (0, 2, nan), R = (3, 1, nan),   P = (1, e, 0) / (1 + e) = (0.2689, 0.7311, 0)
     gradient = (-0.1966, 0.1966, 0):    a step against it raises s_1, the better candidate.
 
-Then three questions on what you found. The answers are formulas too:
+Then three questions on what you found:
 
+    WHY_ZERO          The gradient of a list sums to 0: a step can't raise all of its candidates.
+                      Why is that so in every list? One of the strings in REASONS.
+    one_hot_grad      P = (1 - rest, rest, 0) and R = (0, 1, 2): the model is almost sure of the
+                      worst response, and the best one has no P at all. What is the gradient, three
+                      numbers, as a formula in rest and T? Which response does a step raise? And
+                      what is left at rest = 0, where P is one-hot? One number to check yours with:
+                      at rest = 1/2 and T = 1 the first of the three is 1/4.
     mean_score_grad   Some score a response by its mean over its n_j tokens: s_j / n_j stands in
                       Eq. 4 in the place of s_j. What is d loss / d s_j now, s still being the sums?
-                      (lengths [B, M] are the n_j; where mask is False they may be 0.)
-    largest_grad      Two candidates, rewards somewhere in [0, 1]. How large can |d loss / d s_1|
-                      be at a given T, if P and R may be chosen freely?
-    lead              Two candidates again, R = (1, 0). The larger s, ahead by some nats, makes P
-                      one-sided and the gradient small. At which lead is
-                      |d loss / d s_1| = share x largest_grad(T)? 0 < share <= 1.
-                      One number to check yours with: lead(0.75, 2.0) = 2 log 3 = 2.1972.
+                      (lengths [B, M] are the n_j, at least 1 in every slot.)
 
     python -m exercises.check 3
 """
 
 from torch import Tensor
+
+REASONS = (
+    "the rewards sum to 1",
+    "the rewards, less their plain mean, sum to 0",
+    "P sums to 1, whatever the s_j are",
+    "the loss is at its minimum",
+)
+
+WHY_ZERO: str | None = None
 
 
 def lire_grad(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -47,18 +57,13 @@ def lire_grad(logps: Tensor, rewards: Tensor, mask: Tensor, temperature: float) 
     raise NotImplementedError("exercise 3: the gradient")
 
 
+def one_hot_grad(rest: float, temperature: float) -> tuple[float, float, float]:
+    """d loss / d s of one list, P = (1 - rest, rest, 0) and R = (0, 1, 2)."""
+    raise NotImplementedError("exercise 3: a P that is almost one-hot")
+
+
 def mean_score_grad(
     logps: Tensor, lengths: Tensor, rewards: Tensor, mask: Tensor, temperature: float
 ) -> Tensor:
     """d loss / d logps [B, M] where logps / lengths is the score; 0 where mask is False."""
     raise NotImplementedError("exercise 3: the gradient where the score is a mean")
-
-
-def largest_grad(temperature: float) -> float:
-    """The largest |d loss / d s_1| of two candidates with rewards in [0, 1]."""
-    raise NotImplementedError("exercise 3: the largest gradient")
-
-
-def lead(share: float, temperature: float) -> float:
-    """|s_1 - s_2| in nats, at which the gradient is this share of the largest one."""
-    raise NotImplementedError("exercise 3: the lead")

@@ -6,9 +6,9 @@ a sum over all tokens of response j, or, as an option, their mean. How large is 
 M = 8 responses? And which response has it?
 
 A small model of s: the log-prob of every token is drawn by itself, from a normal distribution with
-mean -2 and deviation 1.45 nats, alike for all tokens of all responses. So no response is better
-than another: what P prefers here, it prefers by chance or by length. (Real log-probs are never
-above 0, and a few drawn ones are: the model is a rough one. Do not clamp them.)
+mean -2 and standard deviation 1.45 nats, alike for all tokens of all responses. So no response is
+better than another: what P prefers here, it prefers by chance or by length. (Real log-probs are
+never above 0, and a few drawn ones are: the model is a rough one. Do not clamp them.)
 
 1. Predict, before you write any code. Fill in PREDICTED. Points are for predictions that are made,
    right or wrong; the checker shows them beside the result as soon as your simulation works.
@@ -20,12 +20,12 @@ above 0, and a few drawn ones are: the model is a rough one. Do not clamp them.)
     generator          all random numbers come from it (torch.randn(..., generator=generator))
     scores  -> [N, M]  every response of every list with draws of its own
     largest_prob  -> the mean over lists of the largest P
-    shortest_wins -> the share of lists in which the response with the fewest tokens has it
+    shortest_wins -> the share of lists whose largest P is that of the response of fewest tokens
 
 3. `draw` a picture, with matplotlib: across, the length (5, 20, 50 and 128 tokens, all 8 alike);
-   up, the mean largest P, a curve in a colour of its own for each T of 1, 2, 4, 8; sums on the
-   left, means on the right. Import matplotlib inside of `draw`: where it is not installed, this
-   part is left out. To look at it, in picture.png:
+   up, the mean largest P of 500 lists, a curve in a colour of its own for each T of 1, 2, 4, 8;
+   sums on the left, means on the right. Import matplotlib inside of `draw`: where it is not
+   installed, this part is left out. To look at it, in picture.png:
        python -c "from exercises.ex04_saturation import draw; draw('picture.png')"
 
 A worked example. Scores of two lists, (0, 2) and (6, 5), T = 2: the largest P is e / (1 + e) =
@@ -46,6 +46,7 @@ PREDICTED = {
     "sum": {1: None, 2: None, 4: None, 8: None},
     "mean": {1: None, 2: None, 4: None, 8: None},
     # 8 responses of 25, 32, 39, 46, 54, 61, 68 and 75 tokens: how often does the shortest win?
+    # (At any T: it does not change which P is the largest.)
     "shortest wins": {"sum": None, "mean": None},
 }
 

@@ -9,7 +9,7 @@ hard, and which lets go?
     DPO    loss = - log sigmoid(beta (s_w - s_l))       (arXiv 2305.18290, Eq. 7, here with a
                                                         reference that gives both the same)
 
-Both losses have a differential of the form
+Both losses depend on s_w - s_l alone, so a small step changes them by
 
     d loss = - weight (d s_w - d s_l)        so weight = - d loss / d s_w
 

@@ -1,8 +1,10 @@
 """Exercise 7 (implement, 25 minutes): the optimum that every method is measured against.
 
-Which policy earns most reward, if every nat that it moves away from the reference costs tau?
+Which policy earns most reward, if every nat that it moves away from the reference costs tau? (The
+reference, pi_ref, is the model that one starts from.)
 
     maximise over pi:   sum_y pi(y|x) r(x, y) - tau KL(pi || pi_ref)
+    KL(pi || pi_ref) = sum_y pi(y|x) log(pi(y|x) / pi_ref(y|x))
     pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V*(x)) / tau)            (DRO, arXiv 2405.19107, Eq. 2)
     V*(x)    = tau log sum_y pi_ref(y|x) exp(r(x, y) / tau)
 

@@ -1,4 +1,4 @@
-"""Exercise 8 (derive and implement, 40 minutes): DRO's two losses, and a misprint.
+"""Exercise 8 (derive, implement and run, 30 minutes): DRO's two losses, and a misprint.
 
 DRO learns from responses y to prompts x, with a reward r for each. They come from anywhere, their
 distribution is called mu. It makes a residual small, as it is 0 at the optimum (exercise 7):
@@ -34,29 +34,34 @@ A worked example. tau = .5, N = 2:
     is (-.15, -.1)
 
 Does it matter? Take one prompt with three responses, pi_ref = (.5, .3, .2), r = (1, 0, -1), and
-mu = pi_ref. An exact expectation takes the place of a batch's mean: sum_y mu(y) loss(y). The policy
-is the softmax of three logits, V is one number. Start at log pi_ref and V = 0; then step by step
+mu = pi_ref. The policy is the softmax of three logits, V is one number. They start at log pi_ref
+and 0, and step down the two losses. In the place of a batch's mean stands the exact expectation,
+sum_y mu(y) loss(y). That is `end_point`, written for you: it takes the number before l^2 and prints
+pi and V on the way. Read it, and run it from the folder of the repository:
 
-    logits -= rate x gradient of sum_y mu(y) (-log pi(y) (r(y) - V) + coefficient l(y)^2)
-    V      -= rate x gradient of sum_y mu(y) 1/2 (r(y) - tau l(y) - V)^2
+    python -m exercises.ex08_dro_losses 0.1 0.5      tau, and the number before l^2
 
-until nothing moves: that is `end_point(tau, coefficient)`. In float64 1000 steps at rate .5 are
-enough where it comes to rest. Does it? Look at V too. Two ends to compare with, tau = .1: with the
-right coefficient (1.0000, .0000, .0000), which is pi*; with the coefficient 1/2
-(.7547, .1942, .0511). Then run it with both coefficients at tau = .5, 1, 2 and 5, and answer:
+Two ends to compare with, tau = .1: the right number ends at (1.0000, .0000, .0000), which is pi*,
+and 1/2 at (.7547, .1942, .0511). Now run your number at tau = .5 and 2, and 1/2 at .5 and 5. Look
+at V too: does it come to rest? Then answer, the last three with strings of ENDS:
 
-    AGREE_AT_TAU      the only tau at which both end at the same policy
-    PRINTED_AT_HALF   where 1/2 ends at tau = .5, a string of ENDS
-    PRINTED_AT_FIVE   where 1/2 ends at tau = 5, a string of ENDS
+    AGREE_AT_TAU      the only tau at which your number and 1/2 end at the same policy
+    DERIVED_AT_TWO    where your number ends at tau = 2 (exercise 7's example has its pi*)
+    PRINTED_AT_HALF   where 1/2 ends at tau = .5
+    PRINTED_AT_FIVE   where 1/2 ends at tau = 5
 
     python -m exercises.check 8
 """
 
+import sys
+
+import torch
 from torch import Tensor
 
 ENDS = ("at pi*", "between pi_ref and pi*", "beyond pi*, seen from pi_ref", "nowhere: it diverges")
 
 AGREE_AT_TAU: float | None = None
+DERIVED_AT_TWO: str | None = None
 PRINTED_AT_HALF: str | None = None
 PRINTED_AT_FIVE: str | None = None
 
@@ -69,5 +74,21 @@ def losses(
 
 
 def end_point(tau: float, coefficient: float) -> Tensor:
-    """pi [3], where the descent above ends; coefficient stands before l^2."""
-    raise NotImplementedError("exercise 8: where the descent ends")
+    """pi [3] after 1000 steps, with this coefficient before l^2. Every 200 steps are printed."""
+    mu = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # pi_ref, too
+    rewards = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    logits, value = mu.log(), 0.0
+    for step in range(1001):
+        logps = logits.log_softmax(-1)
+        pi, ratios = logps.exp(), logps - mu.log()  # ratios are l
+        if step % 200 == 0:
+            print(f"step {step:4}   pi {pi[0]:.4f} {pi[1]:.4f} {pi[2]:.4f}   V {value:.4g}")
+        # The gradient in logps of the expected policy loss, and through the softmax to the logits.
+        slopes = mu * (-(rewards - value) + 2 * coefficient * ratios)
+        logits = logits - 0.5 * (slopes - pi * slopes.sum())
+        value += 0.5 * (mu * (rewards - tau * ratios - value)).sum().item()
+    return pi
+
+
+if __name__ == "__main__":
+    end_point(*map(float, sys.argv[1:3]))

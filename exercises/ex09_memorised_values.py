@@ -17,15 +17,16 @@ learnt; V alone is trained, for as long as you like, on the same responses again
     lists    every prompt has eight responses of unlike reward, V again a number a prompt
     seeing   lists again, and a V that is shown the response too: V(x, y_j)
 
-1. Predict, before you write a line: what do the two numbers, of the same responses, do in each?
-   Choose from CHOICES. A single response has no variance within its prompt: that one is given.
+1. Predict, before you write a line: what do the two numbers, of those same responses, do in each?
+   Choose from CHOICES. A single response has no variance within its prompt: that is not asked.
    Predictions are not graded for being right; what is true is shown to you after.
 2. Write the three functions. B prompts, M responses each:
        rewards, ratios [B, M]; ratios are l; values [B] is V(x), or [B, M] for a V that sees y
-3. Run it: give the settings of a run on the task "tiny" in which V memorises. The checker makes the
-   run, a few seconds, and reads residual/rms of the training batches and residual/within_prompt of
-   held-out prompts with eight samples each. The first must fall to less than half, and the second
-   must not: this is how one sees it in a log.
+3. Run it: give the settings of a run in which V memorises. The task "tiny" asks for one to three
+   words that fit a thing, and rewards each that does. The checker makes the run, some seconds, and
+   reads residual/rms of the training batches and residual/within_prompt of held-out prompts with
+   eight samples each. The first must fall to less than half, and the second must not: this is how
+   one sees it in a log.
 
 A worked example. One prompt, r = (1, 3), l = (0, 0), tau = 1, V = 2: delta = (-1, 1), rms = 1,
 within_prompt = 1. With V = 0: delta = (1, 3), rms = sqrt 5 = 2.236, and within_prompt still 1.
@@ -65,7 +66,7 @@ def settings() -> dict:
 
     candidates  8      responses a prompt, at least 1
     evolve      1      1: samples of the reference, drawn once; 0: logged responses
-    iterate     1      passes over them, in the same number of steps
+    iterate     1      passes over them; the steps stay, so more passes are over fewer responses
     steps       120    at most 400
     lr          1e-3   of the policy, > 0: a policy that stays has a tiny one
     value_lr    None   of V, > 0; None: the same as lr

@@ -179,7 +179,7 @@ def test_a_change_in_place_costs_no_points_and_is_told(number, tmp_path):
     results, said = checked(number, answer_with(tmp_path, solution.replace(*IN_PLACE[number])))
     assert check.score_of(results) == 10, said
     assert "changes a tensor that it is given: see exercise 6, program D" in said
-    output = check.report_of({number: results})["tests"][-1 if number == 3 else 0]["output"]
+    output = check.report_of({number: results})["tests"][4 if number == 3 else 0]["output"]
     assert output in ("passed", said.split("\n      ")[1].split("\n")[0])
 
 
@@ -208,6 +208,35 @@ def test_a_detach_that_is_missing_costs_one_property(tmp_path):
         ),
     )
     assert check.score_of(results) == 8 and "expected  no gradient at ref_logps" in said
+
+
+def test_the_descent_of_exercise_8_ends_where_its_text_and_the_right_answers_say(capsys):
+    path = check.answer_path(8)
+    end_point = check.load(path, "exercise_8").end_point
+    mu = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    rewards = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    for tau in (0.1, 0.5, 1.0, 2.0, 5.0):
+        best = (mu.log() + rewards / tau).softmax(-1)
+        derived, printed = end_point(tau, tau / 2), end_point(tau, 0.5)
+        assert torch.allclose(derived, best, atol=1e-4)  # DERIVED_AT_TWO
+        assert torch.allclose(printed, best, atol=1e-4) == (tau == 1)  # AGREE_AT_TAU
+        if tau < 1:  # PRINTED_AT_HALF
+            assert mu[0] < printed[0] < best[0] and mu[2] > printed[2] > best[2]
+        if tau == 0.1:
+            for end in (derived, printed):
+                shown = ", ".join(f"{p:.4f}".removeprefix("0") for p in end)
+                assert f"({shown})" in path.read_text()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert float(last.split()[-1]) > 1e9  # PRINTED_AT_FIVE: V grows without end
+
+
+def test_exercise_8_runs_by_the_command_in_it():
+    text = check.answer_path(8).read_text()
+    [words] = re.findall(r"^    python (-m exercises\.ex08_dro_losses \S+ \S+)", text, re.M)
+    done = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "pi 0.7547 0.1942 0.0511" in done.stdout.splitlines()[-1], done.stderr
 
 
 def test_what_a_text_was_given_for_a_number_is_shown_as_a_text(tmp_path):
@@ -324,4 +353,4 @@ def test_the_page_of_the_exercises_names_what_is_there():
     minutes = dict(re.findall(r"^\| (\d+) \| `\S+` \| [^|]+ \| (\d+)", page, re.M))
     for number in check.NUMBERS:
         said = re.search(r"(\d+) minutes", check.answer_path(number).read_text())[1]
-        assert minutes[str(number)] == said
+        assert minutes[str(number)] == said and 15 <= int(said) <= 30

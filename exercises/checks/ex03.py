@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from exercises.judge import Property, Wrong, by_hand, same, same_number
+from exercises.judge import Property, Wrong, by_hand, not_a, same
 from exercises.oracle import softmax, tensors, zeroed
 
 FORBIDDEN = ("lire", "objectives", "baselines", "train", "harness", "tests")
@@ -84,19 +84,19 @@ def wrong_gradients(logps, rewards, mask, T):
 
 
 def wrong_mean_gradients(logps, lengths, rewards, mask, T):
-    n = np.where(mask, lengths, 1)
-    by_sums, by_means = (gradient(x, rewards, mask, T) for x in (logps, logps / n))
+    by_sums, by_means = (gradient(x, rewards, mask, T) for x in (logps, logps / lengths))
     return {
         "the gradient by the score s / n: asked for is the one by s, which is a factor 1/n more": (
             by_means
         ),
-        "n is a factor: d (s / n) / d s is 1/n": by_means * n,
-        "the means are not in P: s / n stands in Eq. 4 as well": by_sums / n,
+        "n is a factor: d (s / n) / d s is 1/n": by_means * lengths,
+        "the means are not in P: s / n stands in Eq. 4 as well": by_sums / lengths,
         "nothing has changed: the score is s / n, in P and in the chain rule": by_sums,
-        "the lengths' product with s is in P: it is s / n": gradient(logps * n, rewards, mask, T)
-        / n,
-        "1/n is there twice: d (s / n) / d s is 1/n once": by_means / n**2,
-        "the sign is turned": -by_means / n,
+        "the lengths' product with s is in P: it is s / n": (
+            gradient(logps * lengths, rewards, mask, T) / lengths
+        ),
+        "1/n is there twice: d (s / n) / d s is 1/n once": by_means / lengths**2,
+        "the sign is turned": -by_means / lengths,
     }
 
 
@@ -154,66 +154,73 @@ def large_sums(answer):
     same(got, right, wrong_gradients(logps, rewards, mask, 2.0))
 
 
+REASONS = plain, average, right_reason, least = (
+    "the rewards sum to 1",
+    "the rewards, less their plain mean, sum to 0",
+    "P sums to 1, whatever the s_j are",
+    "the loss is at its minimum",
+)
+WRONG_REASONS = {
+    plain: "in the worked example R = (3, 1) sums to 4, and the gradient to 0 all the same",
+    average: "P_j stands before the bracket, and in the mean too. With the plain mean, 2, the P_j "
+    "(R_j - 2) of the worked example are (0.2689, -0.7311), and their sum is not 0",
+    least: "at a minimum every entry is 0; in the worked example their sum is, and they are not",
+}
+
+
+def why_zero(answer):
+    given = answer.WHY_ZERO
+    if given is None:
+        raise NotImplementedError("exercise 3: why it sums to 0")
+    if given not in REASONS:
+        cause = "WHY_ZERO is none of the strings in REASONS"
+        raise Wrong("a string of REASONS", repr(given), cause)
+    if given != right_reason:
+        raise Wrong("another reason", given, WRONG_REASONS[given])
+
+
+def wrong_one_hots(rest, T):
+    """Usual mistakes where P = (1 - rest, rest, 0) and R = (0, 1, 2), and what they give."""
+    P, R = np.array([1 - rest, rest, 0]), np.array([0.0, 1.0, 2.0])
+    right = -P * (R - rest) / T
+    return {
+        "the best response is raised: but P_3 = 0 stands before its bracket, nothing moves it": (
+            -(R - rest) / T
+        ),
+        "1/T is missing: it stands before the bracket, with P too": right * T,
+        "T is a factor: it divides": right * T * T,
+        "the sign is turned: a step goes against the gradient, and response 2 is the better one of "
+        "the two that have some P": -right,
+        "the list's mean is missing: it is rest, and R_1 = 0 lies below it": -P * R / T,
+        "the plain mean of R is 1; the list's own, weighted by P, is rest": -P * (R - 1) / T,
+        "right for a small rest alone: P_1 = 1 - rest is a factor of both entries": (
+            np.array([rest, -rest, 0]) / T
+        ),
+        "the three are 0 at rest = 0 alone: before that response 2 has some P": np.zeros(3),
+        "P - R, the gradient of a cross-entropy: that one is large where a model is sure and wrong,"
+        " LIRE's is not": (P - R) / T,
+    }
+
+
+def one_hot(answer):
+    for rest, T in ((0.1, 2.0), (0.4, 0.5), (0.0, 2.0)):
+        with by_hand():
+            got = answer.one_hot_grad(rest, T)
+        if isinstance(got, (tuple, list)):
+            got = torch.tensor([float(x) for x in got], dtype=torch.float64)
+        if not isinstance(got, torch.Tensor) or got.shape != (3,):
+            cause = "the gradient has a number for each response, three in a tuple"
+            raise Wrong("three numbers", repr(got), not_a("tuple", got) if got is None else cause)
+        P = np.array([1 - rest, rest, 0])
+        same(got, -P * (np.arange(3) - rest) / T, wrong_one_hots(rest, T))
+
+
 def mean_scores(answer):
     for seed, (sizes, T) in enumerate([((2, 3), 2.0), ((3, 5), 0.5)]):
         logps, rewards, lengths, mask = lists(*sizes, 30 + seed)
         right = gradient(logps / lengths, rewards, mask, T) / lengths
-        case = logps, np.where(mask, lengths, 0), rewards, mask
-        got = ask(answer.mean_score_grad, *case, T=T)
-        no_nan(got, right, "the lengths may be 0 where mask is False: s / 0 (torch.where first)")
-        same(got, right, wrong_mean_gradients(*case, T))
-
-
-def largest(answer):
-    for T in (3.0, 0.7):
-        wrong = {
-            "P_1 and what stands in the bracket can't both be 1: where P_1 is 1, the list's mean is"
-            " R_1 itself": 1 / T,
-            "at P = (1/2, 1/2) the bracket is 1/2, not 1: half of R_1 is in the list's mean": (
-                1 / (2 * T)
-            ),
-            "it depends on T: the whole gradient has 1/T in front": 1 / 4,
-            "T is a factor: the gradient has 1/T in front": T / 4,
-            "0: an integer division (//)?": 0.0,
-            "it is asked for without its sign": -1 / (4 * T),
-            "P_1 P_2 is largest where both are 1/2; this is below what can be had": 1 / (8 * T),
-        }
-        with by_hand():
-            got = answer.largest_grad(T)
-        same_number(got, 1 / (4 * T), wrong)
-
-
-def leads(answer):
-    for share, T in ((0.15, 3.0), (0.75, 2.0), (0.01, 0.5)):
-        own = (1 + np.sqrt(1 - share)) / 2
-        right = T * np.log(own / (1 - own))
-        wrong = {
-            "T is missing: P depends on (s_1 - s_2) / T": right / T,
-            "T divides: P depends on (s_1 - s_2) / T, so a larger T asks for a larger lead": (
-                right / T**2
-            ),
-            "the sign is turned: the lead is asked for, a number >= 0": -right,
-            "half of it: each s has moved away from the middle by that, they are twice as far"
-            " apart": right / 2,
-            "P of the smaller one is the share: both P are factors of the gradient": (
-                T * np.log(1 / share - 1)
-            ),
-            "exp(-lead / T) is the share: that leaves out the sum below P": T * np.log(1 / share),
-            "right for a large lead only, where the larger P is almost 1: solve it exactly": (
-                T * np.log(4 / share)
-            ),
-            "a share of the largest is P (1 - P) = share / 4: its solution has sqrt(1 - share)": (
-                T * np.log((1 + np.sqrt(share)) / (1 - np.sqrt(share)))
-            ),
-            "log of P, where log of P_1 / P_2 is the lead over T": T * np.log(own),
-        }
-        if share < 0.25:
-            inner = (1 + np.sqrt(1 - 4 * share)) / 2
-            cause = "P_1 P_2 is the share: it should be that share of its own largest value"
-            wrong[cause] = T * np.log(inner / (1 - inner))
-        with by_hand():
-            got = answer.lead(share, T)
-        same_number(got, right, wrong)
+        case = logps, lengths, rewards, mask
+        same(ask(answer.mean_score_grad, *case, T=T), right, wrong_mean_gradients(*case, T))
 
 
 VALUES = ("the worked example", "the gradient, ragged lists")
@@ -222,7 +229,7 @@ PROPERTIES = [
     Property("the gradient, ragged lists", 2, gradients),
     Property("padded slots change nothing", 1, padding, after=VALUES),
     Property("sums of thousands of nats give no nan", 1, large_sums, after=VALUES),
-    Property("the gradient where the score is a mean", 2, mean_scores, after=VALUES),
-    Property("the largest gradient", 1, largest),
-    Property("how far ahead", 1, leads),
+    Property("why it sums to 0", 1, why_zero),
+    Property("a P that is one-hot, and one that almost is", 2, one_hot),
+    Property("the gradient where the score is a mean", 1, mean_scores, after=VALUES),
 ]

@@ -1,6 +1,4 @@
-import math
-
-import torch
+WHY_ZERO = "P sums to 1, whatever the s_j are"
 
 
 def lire_grad(logps, rewards, mask, temperature):
@@ -10,16 +8,10 @@ def lire_grad(logps, rewards, mask, temperature):
     return -P * (R - baseline) / temperature
 
 
+def one_hot_grad(rest, temperature):
+    step = rest * (1 - rest) / temperature  # the list's mean reward is rest
+    return step, -step, 0.0
+
+
 def mean_score_grad(logps, lengths, rewards, mask, temperature):
-    n = torch.where(mask, lengths, 1)
-    return lire_grad(logps / n, rewards, mask, temperature) / n
-
-
-def largest_grad(temperature):
-    return 1 / (4 * temperature)  # P_1 P_2 (R_1 - R_2) / T
-
-
-def lead(share, temperature):
-    # P_1 (1 - P_1) = share / 4
-    P = (1 + math.sqrt(1 - share)) / 2
-    return temperature * math.log(P / (1 - P))
+    return lire_grad(logps / lengths, rewards, mask, temperature) / lengths
