@@ -21,7 +21,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from formats import DataError, load
+from files import load
+from records import DataError
 from tasks import Task, make_task
 
 __all__ = ["DataError", "Task", "load", "make_task"]  # handed on: whoever reads data asks here

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from formats import short
 from objectives import NEEDS, OBJECTIVES
+from records import short
 from tasks import TASKS
 
 

@@ -10,7 +10,8 @@ from helpers import DATA_DIR, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import formats
+import files
+import records as parts
 
 GOOD = {
     "prompt": "Describe the pond.",
@@ -41,11 +42,11 @@ quickly = settings(
 def load(*paths, **options):
     """Records and the lines of news."""
     news = []
-    return formats.load(paths, say=news.append, **options), news
+    return files.load(paths, say=news.append, **options), news
 
 
 def error(*paths, **options):
-    with pytest.raises(formats.DataError) as e:
+    with pytest.raises(files.DataError) as e:
         load(*paths, **options)
     return str(e.value)
 
@@ -214,7 +215,7 @@ def test_a_message_is_short_whatever_stands_in_the_file(tmp_path, record):
             path = write(tmp_path, record, {**record, name: value})
             try:
                 load(path)
-            except formats.DataError as e:
+            except files.DataError as e:
                 assert str(e).startswith(f"{path}:") and len(str(e)) <= 300 and "\n" not in str(e)
     path = write(tmp_path, LONG)
     assert error(path).startswith(f"{path}:1: not JSON") and len(error(path)) <= 300
@@ -227,8 +228,8 @@ def test_a_long_path_keeps_its_beginning_and_the_reason(tmp_path):
 
 
 def test_a_long_value_is_shown_by_its_beginning_and_its_end():
-    assert formats.short("a\nb") == "a b" and formats.short(80 * "a") == 80 * "a"
-    cut = formats.short(41 * "a" + 41 * "b")
+    assert parts.short("a\nb") == "a b" and parts.short(80 * "a") == 80 * "a"
+    cut = parts.short(41 * "a" + 41 * "b")
     assert cut == 40 * "a" + " ... " + 35 * "b" and len(cut) == 80
 
 
@@ -302,7 +303,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_with_file_and_line(tmp_path
     path = write(tmp_path, *lines)
     try:
         records, _ = load(path)
-    except formats.DataError as e:
+    except files.DataError as e:
         assert re.fullmatch(rf"{re.escape(str(path))}:\d+: \S.*", str(e))
     else:
         for r in records:
@@ -386,5 +387,5 @@ def test_thumbs_are_one_and_minus_one(tmp_path):
     ],
 )
 def test_bad_single_responses_are_named_with_file_and_line(tmp_path, row, message):
-    with pytest.raises(formats.DataError, match=rf"lists.jsonl:2: {message}"):
+    with pytest.raises(files.DataError, match=rf"lists.jsonl:2: {message}"):
         load(write(tmp_path, {"prompt": "a", "response": "b", "reward": 1}, row))

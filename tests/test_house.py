@@ -33,10 +33,12 @@ ALLOWED = {
     "model": "",
     "t5": "model",
     "tasks": "",
-    "formats": "",
+    "records": "",
+    "formats": "records",
+    "files": "formats records",
     "frontier": "dro",
     "objectives": "lire dro baselines",
-    "data": "tasks formats",
+    "data": "tasks files records",
 }
 
 
