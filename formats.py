@@ -9,48 +9,51 @@ left out and counted. A new format is one reader and one row. files.py opens the
 their names and lines; `python formats.py` prints the table of docs/data.md.
 """
 
-import difflib
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from records import (
+    TURN,
     Cell,
     DataError,
     MissingField,
     Unusable,
+    common_start,
     get,
+    get_number,
     number,
     numbers,
     objects,
     of_kind,
     one_list,
+    one_pair,
+    one_single,
     short,
 )
 
 PROMPT = "prompt|query|instruction|question"
-BOTH = "have scores and a label: the scores count"
+REPLY, SCORE = "response|completion|answer|output", "reward|score|rating"
 
 # -------------------------------------------------------------------------------------------- lists
 
 
 def read_canonical(row: dict) -> dict:
     """The Record itself, also in the names of RRHF and of LIRE's authors."""
-    rewards = numbers(get(row, "rewards|scores"), "reward")
-    return one_list(get(row, PROMPT), get(row, "responses", list), rewards)
+    prompt, responses = get(row, PROMPT), get(row, "responses", list)
+    return one_list(prompt, responses, numbers(get(row, "rewards|scores", list), "reward"))
 
 
 def read_nested(row: dict) -> dict:
     """Responses that hold their own rewards."""
     answers = objects(row, "responses")
     texts = [get(answer, "text|response|content") for answer in answers]
-    rewards = [number(get(answer, "reward|score|rating"), "a reward") for answer in answers]
+    rewards = [get_number(answer, SCORE) for answer in answers]
     return one_list(get(row, PROMPT), texts, rewards)
 
 
 def read_ranks(row: dict) -> dict:
     """Ranks in place of rewards, the lowest is best."""
-    ranks = numbers(get(row, "ranks"), "rank")
+    ranks = numbers(get(row, "ranks", list), "rank")
     responses = get(row, "responses", list)
     return one_list(get(row, PROMPT), responses, [-rank for rank in ranks])
 
@@ -60,28 +63,28 @@ def read_pro(row: dict) -> dict:
     prefixes = get(row, "prefix", list)
     if not prefixes or any(prefix != prefixes[0] for prefix in prefixes):
         raise DataError("'prefix' holds different prompts, expected one, repeated")
-    rewards = numbers(get(row, "reward"), "reward")
+    rewards = numbers(get(row, "reward", list), "reward")
     return one_list(prefixes[0], get(row, "suffix", list), rewards)
 
 
 def read_nectar(row: dict) -> dict:
     """Nectar (Zhu et al. 2023): seven answers by rank, 1 is best."""
     answers = objects(row, "answers")
-    rewards = [-number(get(answer, "rank"), "a rank") for answer in answers]
+    rewards = [-get_number(answer, "rank") for answer in answers]
     return one_list(get(row, PROMPT), [get(answer, "answer") for answer in answers], rewards)
 
 
-def read_ultrafeedback(row: dict, aspect: str = "") -> dict:
+def read_ultrafeedback(row: dict, reward: str = "") -> dict:
     """UltraFeedback (Cui et al. 2023): the fine-grained score, or the mean rating of all aspects.
 
     `overall_score` is wrong in about 2,000 completions: it says 10 where 1 is meant.
     """
     responses, rewards = [], []
     for completion in objects(row, "completions"):
-        score = None if aspect else completion.get("fine-grained_score")
+        score = None if reward else completion.get("fine-grained_score")
         if score is None:
             notes = get({"annotations": {}} | completion, "annotations", dict)
-            some = [name for name in notes if not aspect or name == aspect]
+            some = [name for name in notes if reward in ("", name)]
             ratings = [get(notes, name, dict).get("Rating") for name in some]
             known = [number(Cell(r), "'Rating'") for r in ratings if r not in ("N/A", None, "")]
             score = sum(known) / len(known) if known else None
@@ -107,8 +110,9 @@ def read_copa(row: dict) -> dict:
     question = "Why?" if asks == "cause" else "So what?"
     prompt = f"{get(row, 'p', str)} {question} {get(row, f'a{right}', str)}"
     rated = objects(row, "human-explanations")
-    rewards = [number(x.get("filtered-avg-rating"), "'filtered-avg-rating'") for x in rated]
-    return one_list(prompt, [get(x, "text") for x in rated], rewards)
+    name = "filtered-avg-rating"
+    rewards = [number(x.get(name), f"{name} of explanation {i}") for i, x in enumerate(rated, 1)]
+    return one_list(prompt, [get(x, "text", str) for x in rated], rewards)
 
 
 def read_tree(row: dict) -> list[dict]:
@@ -122,7 +126,7 @@ def read_tree(row: dict) -> list[dict]:
         before, message = todo.pop()
         replies = objects({"replies": message.get("replies") or []}, "replies")
         who = "assistant" if message.get("role") == "assistant" else "user"
-        turns = [*before, {"role": who, "content": get(message, "text")}]
+        turns = [*before, _turn(who, get(message, "text"))]
         if who == "user":
             records += _ranked(turns, replies)
         todo += [(turns, reply) for reply in reversed(replies)]
@@ -140,20 +144,24 @@ def read_message(row: dict) -> dict:
     return message | {"role": "assistant" if get(row, "role") == "assistant" else "user"}
 
 
-def gather_messages(messages: list[dict]) -> list[dict]:
-    """A list for every message of the user, with the conversation before it; any order."""
+def gather_messages(messages: list[dict]) -> list[tuple[int, dict]]:
+    """A list for every message of the user, with the conversation before it; any order.
+
+    Returns: (index of that message, Record).
+    """
     by_id = {message["message_id"]: message for message in messages}
     replies: dict = {}
     for message in messages:
         replies.setdefault(message["parent_id"], []).append(message)
     records = []
-    for message in messages:
+    for index, message in enumerate(messages):
         if message["role"] == "user" and len(replies.get(message["message_id"], [])) > 1:
             turns, turn = [], message
             while turn is not None and len(turns) < 1000:  # a circle is not followed for ever
-                turns.append({"role": turn["role"], "content": turn["text"]})
+                turns.append(_turn(turn["role"], turn["text"]))
                 turn = by_id.get(turn["parent_id"])
-            records += _ranked(turns[::-1], replies[message["message_id"]])
+            found = _ranked(turns[::-1], replies[message["message_id"]])
+            records += [(index, record) for record in found]
     return records
 
 
@@ -162,22 +170,11 @@ def _ranked(turns: list[dict], replies: list[dict]) -> list[dict]:
     ranked = [r for r in replies if r.get("rank") is not None and r.get("role") == "assistant"]
     if len(ranked) < 2:
         return []
-    rewards = [-number(reply["rank"], "'rank'") for reply in ranked]
-    return [one_list(turns, [get(reply, "text") for reply in ranked], rewards)]
+    rewards = [-get_number(reply, "rank") for reply in ranked]
+    return [one_list(turns, [get(reply, "text", str) for reply in ranked], rewards)]
 
 
 # -------------------------------------------------------------------------------------------- pairs
-
-
-def one_pair(prompt: Any, chosen: Any, rejected: Any, scores: tuple | None = None) -> dict:
-    """The Record of a pair: its scores where they differ, else 1 for the chosen and 0."""
-    record = one_list(prompt, [chosen, rejected], [1.0, 0.0])
-    if scores is None:
-        return record
-    given = [number(score, f"score {i}") for i, score in enumerate(scores, 1)]
-    if given[0] == given[1]:
-        return record | {"note": "have equal scores: the chosen earns 1, the rejected 0"}
-    return record | {"rewards": given, "note": BOTH}
 
 
 def read_preference(row: dict) -> dict:
@@ -187,37 +184,28 @@ def read_preference(row: dict) -> dict:
     if "score_chosen" in row and "score_rejected" in row:
         scores = (row["score_chosen"], row["score_rejected"])
     if any(name in row for name in PROMPT.split("|")):
-        return one_pair(get(row, PROMPT), chosen, rejected, scores)
+        prompt = get(row, PROMPT)
+        if isinstance(prompt, str) and row.get("system"):
+            prompt = [_turn("system", row["system"]), _turn("user", prompt)]
+        return one_pair(prompt, chosen, rejected, scores)
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return one_pair([], chosen, rejected, scores)
     at = common_start(chosen, rejected)
+    if not chosen[:at].strip():
+        raise Unusable("no prompt, and no beginning that the two responses share")
     return one_pair(chosen[:at], chosen[at:], rejected[at:], scores)
 
 
 def read_hh(row: dict) -> dict:
     """Anthropic HH (Bai et al. 2022): two transcripts; the last reply is the response."""
-    first, _, better = get(row, "chosen", str).rpartition(TURN)
-    second, _, worse = get(row, "rejected", str).rpartition(TURN)
+    (first, turn, better), (second, other_turn, worse) = (
+        get(row, name, str).rpartition(TURN) for name in ("chosen", "rejected")
+    )
+    if not (turn and other_turn):
+        raise Unusable("a transcript without a turn of the assistant")
     if first != second:
         raise Unusable("the responses differ before the last turn")
     return one_pair(first + TURN, better, worse)
-
-
-TURN = "\n\nAssistant:"
-TURNS = (
-    r"\s(?:Assistant|AI|Bot):|<\|assistant\|>\n?|<\|im_start\|>assistant\n|\[/INST\]|### Response:"
-)
-
-
-def common_start(first: str, second: str) -> int:
-    """How far two transcripts share their prompt: to the last turn that both begin, or a word."""
-    same = 0
-    for a, b in zip(first, second):
-        if a != b:
-            break
-        same += 1
-    turns = [found.end() for found in re.finditer(TURNS, first[:same])]
-    return turns[-1] if turns else 1 + max(first.rfind(" ", 0, same), first.rfind("\n", 0, same))
 
 
 def read_tldr(row: dict) -> dict:
@@ -243,7 +231,7 @@ def read_webgpt(row: dict) -> dict:
     """WebGPT's comparisons (Nakano et al. 2021); a tie is score 0 for both."""
     question = get(row, "question")
     question = get(question, "full_text") if isinstance(question, dict) else question
-    scores = [number(get(row, f"score_{i}"), f"'score_{i}'") for i in (0, 1)]
+    scores = [get_number(row, f"score_{i}") for i in (0, 1)]
     return one_list(question, [get(row, "answer_0"), get(row, "answer_1")], scores)
 
 
@@ -271,7 +259,7 @@ def read_arena(row: dict) -> dict:
 
 def read_helpsteer3(row: dict) -> dict:
     """HelpSteer3 (Wang et al. 2025): -3 to 3, and a negative one prefers response 1."""
-    preference = number(get(row, "overall_preference"), "'overall_preference'")
+    preference = get_number(row, "overall_preference")
     if not preference:
         raise Unusable("a tie")
     replies = [get(row, "response1"), get(row, "response2")]
@@ -281,30 +269,24 @@ def read_helpsteer3(row: dict) -> dict:
 # ------------------------------------------------------------------- single responses, rated or not
 
 
-def one_single(prompt: Any, reply: Any, row: dict, reward: Any = None) -> dict:
-    """The Record of a response with a reward, or a label: `labels`, which files.py makes ±1."""
-    label = next((row[name] for name in ("label", "kto_tag") if name in row), None)
-    if reward is None:
-        return one_list(prompt, [reply], [0.0]) | {"labels": [label]}
-    record = one_list(prompt, [reply], [number(reward, "the reward")])
-    return record if label is None else record | {"note": BOTH}
+def read_single(row: dict, reward: str = SCORE) -> dict:
+    """A response with its reward, and perhaps a label."""
+    return one_single(get(row, PROMPT), get(row, REPLY), get_number(row, reward), row.get("label"))
 
 
-def read_single(row: dict, reward: str = "reward|score|rating") -> dict:
-    """A response with its reward, or a label: thumbs up or down."""
-    labelled = "label" in row and not any(name in row for name in reward.split("|"))
-    score = None if labelled else get(row, reward)
-    return one_single(get(row, PROMPT), get(row, "response|completion"), row, score)
+def read_unpaired(row: dict) -> dict:
+    """A response with thumbs up or down, TRL's unpaired preference."""
+    return one_single(get(row, PROMPT), get(row, REPLY), None, get(row, "label"))
 
 
-def read_scored(row: dict, reward: str = "score|reward|rating") -> dict:
+def read_scored(row: dict, reward: str = SCORE) -> dict:
     """An instruction, its output and a score."""
-    return one_single(_instruction(row), get(row, "output|response"), row, get(row, reward))
+    return one_single(_instruction(row), get(row, "output|response"), get_number(row, reward))
 
 
 def read_helpsteer(row: dict, reward: str = "helpfulness") -> dict:
     """HelpSteer (Wang et al. 2023): five marks of 0 to 4, of which helpfulness is the reward."""
-    return one_single(get(row, PROMPT), get(row, "response"), {}, get(row, reward))
+    return one_single(get(row, PROMPT), get(row, "response"), get_number(row, reward))
 
 
 def read_axis(row: dict, reward: str = "overall") -> dict:
@@ -313,7 +295,7 @@ def read_axis(row: dict, reward: str = "overall") -> dict:
     axes = get(summary, "axes", dict)
     if axes.get(reward) is None:
         raise Unusable(f"no rating of {short(reward, 40)}")
-    return one_single(_post(row), get(summary, "text"), {}, axes[reward])
+    return one_single(_post(row), get(summary, "text"), get_number(axes, reward))
 
 
 def _instruction(row: dict) -> Any:
@@ -323,12 +305,16 @@ def _instruction(row: dict) -> Any:
         raise MissingField("no field instruction or input")
     text, turns = "\n".join(parts), []
     if row.get("system"):
-        turns.append({"role": "system", "content": row["system"]})
+        turns.append(_turn("system", row["system"]))
     for exchange in of_kind(list, row.get("history") or [], "'history'"):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise DataError("'history' holds something else than [question, reply]")
-        turns += [{"role": r, "content": x} for r, x in zip(("user", "assistant"), exchange)]
-    return [*turns, {"role": "user", "content": text}] if turns else text
+        turns += map(_turn, ("user", "assistant"), exchange)
+    return [*turns, _turn("user", text)] if turns else text
+
+
+def _turn(role: str, content: Any) -> dict:
+    return {"role": role, "content": content}
 
 
 def read_alpaca(row: dict) -> dict:
@@ -338,7 +324,7 @@ def read_alpaca(row: dict) -> dict:
 
 def read_alpaca_kto(row: dict) -> dict:
     """LLaMA-Factory's alpaca form with a thumb."""
-    return one_single(_instruction(row), get(row, "output"), {"label": get(row, "kto_tag")})
+    return one_single(_instruction(row), get(row, "output"), None, get(row, "kto_tag"))
 
 
 def read_sharegpt(row: dict) -> dict:
@@ -348,8 +334,7 @@ def read_sharegpt(row: dict) -> dict:
 
 def read_sharegpt_kto(row: dict) -> dict:
     """LLaMA-Factory's sharegpt form with a thumb for the last turn."""
-    label = {"label": get(row, "kto_tag")}
-    return one_single([], get(row, "conversations|messages"), label)
+    return one_single([], get(row, "conversations|messages"), None, get(row, "kto_tag"))
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -365,7 +350,8 @@ class Format(NamedTuple):
     also: Callable[[dict], bool] = lambda row: True  # what the fields don't say
     grouped: bool = False  # rows of one prompt become one list
     reward: str = ""  # the field of its rewards, where --format NAME:FIELD may ask for another
-    gather: Callable[[list[dict]], list[dict]] | None = None  # all that was read -> Records
+    is_ours: bool = False  # most rows are Records as they stand
+    gather: Callable[[list], list] | None = None  # all that was read -> (index, Record) of each
 
     def fits(self, row: dict) -> bool:
         """Is this an object of the format?"""
@@ -375,7 +361,8 @@ class Format(NamedTuple):
 
 def _all_objects(row: dict) -> bool:
     responses = row["responses"]
-    return isinstance(responses, list) and all(isinstance(x, dict) for x in responses)
+    is_list = isinstance(responses, list) and responses
+    return bool(is_list) and all(isinstance(x, dict) for x in responses)
 
 
 def _two_transcripts(row: dict) -> bool:
@@ -431,18 +418,26 @@ FORMATS = {  # the first row that fits
         reward="fine-grained_score",
     ),
     "nested": Format(
-        read_nested, f"{PROMPT} responses", "lists of scored responses", "rewards", _all_objects
+        read_nested,
+        f"{PROMPT} responses",
+        "lists of scored responses",
+        "rewards",
+        also=_all_objects,
+    ),
+    "canonical": Format(
+        read_canonical,
+        f"{PROMPT} responses rewards|scores",
+        "canonical lists",
+        "rewards",
+        is_ours=True,
     ),
     "ranks": Format(read_ranks, f"{PROMPT} responses ranks", "ranked lists", "-rank"),
-    "canonical": Format(
-        read_canonical, f"{PROMPT} responses rewards|scores", "canonical lists", "rewards"
-    ),
     "sharegpt": Format(
         read_sharegpt,
         "conversations|messages chosen rejected",
         "sharegpt pairs",
         PAIR,
-        also=lambda row: isinstance(row["chosen"], dict),
+        also=lambda row: "prompt" not in row,
     ),
     "sharegpt-kto": Format(
         read_sharegpt_kto, "conversations|messages kto_tag", "sharegpt thumbs", **THUMBS
@@ -463,38 +458,20 @@ FORMATS = {  # the first row that fits
     "preference": Format(read_preference, "chosen rejected", "preference pairs", PAIR),
     "scored": Format(
         read_scored,
-        "instruction|input output|response score|reward|rating",
+        f"instruction|input output|response {SCORE}",
         "scored instructions",
         **SINGLES,
         reward="score",
     ),
     "single": Format(
         read_single,
-        f"{PROMPT} response|completion reward|score|rating",
+        f"{PROMPT} {REPLY} {SCORE}",
         "single responses",
         **SINGLES,
         reward="reward",
     ),
-    "unpaired": Format(
-        read_single, f"{PROMPT} completion|response label", "thumbs up or down", **THUMBS
-    ),
+    "unpaired": Format(read_unpaired, f"{PROMPT} {REPLY} label", "thumbs up or down", **THUMBS),
 }
-
-
-def nearest(row: dict) -> str:
-    """The name of the format whose fields are most like those of an object that fits none."""
-    names = [name[:40] for name in row][:50]
-
-    def likeness(kind: Format) -> float:
-        best = [
-            max(
-                difflib.SequenceMatcher(None, a, b).ratio() for a in field.split("|") for b in names
-            )
-            for field in kind.fields.split()
-        ]
-        return sum(best) / len(best)
-
-    return max(FORMATS, key=lambda name: likeness(FORMATS[name])) if names else "canonical"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def train_reference(c: Config, world: World) -> nn.Module:
 # ---------------------------------------------------------------------------------------- the cache
 
 SOURCES = (
-    "model t5 data tasks files formats records harness.pool harness.update harness.reference"
+    "model t5 data tasks files containers formats records harness.pool harness.update "
+    "harness.reference"
 ).split()
 SETTINGS = (
     "max_prompt max_response model layers heads width tokenizer vocab_size reference_steps "
