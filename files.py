@@ -248,7 +248,8 @@ def asked_format(format: str) -> str:
     """Why --format NAME or NAME:FIELD can't be; empty where it can."""
     name, colon, reward = format.partition(":")
     if name not in FORMATS:
-        return f"choose from {', '.join(FORMATS)}"
+        near = difflib.get_close_matches(name[:40], FORMATS, 3, 0)
+        return f"no format of this name, nearest are {', '.join(near)}; docs/data.md has them all"
     if colon and not (FORMATS[name].reward and reward):
         others = ", ".join(name for name, kind in FORMATS.items() if kind.reward)
         return f"a field of the rewards can be told for {others}, as helpsteer:verbosity"
