@@ -372,7 +372,7 @@ def _two_transcripts(row: dict) -> bool:
 
 CANONICAL = '{"prompt": str, "responses": [str, ...], "rewards": [number, ...]}'
 SINGLES = {"becomes": "M = its rows: their rewards", "grouped": True}
-THUMBS = {"becomes": "M = 1: 1 up, -1 down", "grouped": True}
+THUMBS = {"becomes": "M = its rows: 1 up, -1 down", "grouped": True}
 PAIR, SCORES = "M = 2: 1 and 0", "M = 2: the scores, or 1 and 0 where they are equal"
 FORMATS = {  # the first row that fits
     "copa-sse": Format(read_copa, "p asks-for human-explanations", "COPA-SSE lists", "ratings"),
@@ -474,8 +474,15 @@ FORMATS = {  # the first row that fits
 }
 
 
-if __name__ == "__main__":
-    print("| format | fields | becomes | what it is |\n|---|---|---|---|")
+def table() -> str:
+    """The table of docs/data.md."""
+    lines = ["| format | fields | becomes | what it is |", "|---|---|---|---|"]
     for name, kind in FORMATS.items():
-        fields = ", ".join(f"`{x}`" for x in kind.fields.replace("|", "` or `").split(" "))
-        print(f"| `{name}` | {fields} | {kind.becomes} | {kind.title} |")
+        fields = [field.replace("|", "` or `") for field in kind.fields.split()]
+        shown = ", ".join(f"`{field}`" for field in fields)
+        lines.append(f"| `{name}` | {shown} | {kind.becomes} | {kind.title} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -22,6 +22,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     "README.md",
     "docs/changing.md",
+    "docs/data.md",
     "docs/differences.md",
     "docs/metrics.md",
     "docs/maths.md",
