@@ -183,7 +183,7 @@ def common_start(first: str, second: str) -> int:
 BOTH = "have scores and a label: the scores count"
 
 
-FLOATS = frozenset({float})
+FLOATS, NUMBERS = frozenset({float}), frozenset({float, int})
 
 
 def plain_record(row: dict) -> dict | None:
@@ -196,14 +196,17 @@ def plain_record(row: dict) -> dict | None:
         return None
     try:
         "".join([prompt, *responses]).encode()  # strings without lone surrogates
-    except (TypeError, UnicodeEncodeError):
+        is_float = FLOATS.issuperset(map(type, rewards))
+        if not is_float and NUMBERS.issuperset(map(type, rewards)):
+            rewards, is_float = list(map(float, rewards)), True
+    except (TypeError, UnicodeEncodeError, OverflowError):
         return None
     if len(responses) != len(rewards) or not prompt.strip() or not all(map(str.strip, responses)):
         return None
-    if not rewards or not FLOATS.issuperset(map(type, rewards)) or not math.hypot(*rewards) <= 1e30:
+    if not is_float or not rewards or not math.hypot(*rewards) <= 1e30:
         return None  # hypot: one of them is nan, or large
     own = {"prompt": prompt, "responses": responses, "rewards": rewards}
-    return row if len(row) == len(own) else own
+    return own if len(row) > len(own) or rewards is not row["rewards"] else row
 
 
 def one_list(prompt: Any, replies: list, rewards: list[float]) -> dict:

@@ -48,7 +48,9 @@ class Config:
         list, "files of lists instead of a task: .jsonl .json .csv .parquet, .gz, - for stdin"
     )
     eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
-    format: str = option("", "of --data, or NAME:FIELD of its rewards; default: recognised")
+    format: str = option(
+        "", "of --data where it is not recognised: NAME or NAME:REWARD, docs/data.md"
+    )
     threshold: float | None = option(None, "labels above it are thumbs up; default: true and 1 are")
     limit: int = option(0, "use the first so many lists of --data, 0 for all")
     max_prompt: int = option(

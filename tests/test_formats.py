@@ -899,7 +899,7 @@ def test_the_rewards_of_another_field_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     "format, message",
     [
-        ("chess", "format chess: choose from copa-sse, "),
+        ("chess", "format chess: no format of this name, nearest are "),
         ("pro:votes", "a field of the rewards can be told for tldr-axis, helpsteer"),
         ("single:", "a field of the rewards can be told for"),
     ],
