@@ -286,8 +286,8 @@ def kto_loss(
         mismatched_logps, mismatched_ref_logps [K]; beta > 0. Only logps get a gradient.
     Returns: [N], in (0, 1).
     Raises: ValueError on other shapes, `desirable` that is not bool, beta <= 0 or nan.
-    Differs from the paper: both kinds weigh 1, as in the DRO paper, which calls desirable what
-        earns more than its batch's mean.
+    Differs from the paper: both kinds weigh 1 (--desirable-weight is applied to what is returned),
+        as in the DRO paper, which calls desirable what earns more than its batch's mean.
 
     >>> one = lambda x: torch.tensor([x])
     >>> kto_loss(one(-2.5), one(-3.0), one(True), one(-4.4), one(-4.0), 0.1)  # 1 - sigmoid(0.05)

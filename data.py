@@ -21,7 +21,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from formats import DataError, load
+from files import load
+from records import DataError
 from tasks import Task, make_task
 
 __all__ = ["DataError", "Task", "load", "make_task"]  # handed on: whoever reads data asks here
@@ -178,6 +179,9 @@ class Example:
     ref_logps: list[float] | None = None  # under the reference, once the list is part of a pool
 
 
+END_MARKS = (EOS, "</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of other tokenizers
+
+
 def tokenize(
     records: list[dict],
     enc: tiktoken.Encoding,
@@ -194,12 +198,17 @@ def tokenize(
         lines of news, such as the shares that were truncated.
     """
     examples, spaced, long_prompts, long_responses, total = [], 0, 0, 0, 0
+    doubled, ended = 0, Counter()
     for record in records:
         prompt_ids = enc.encode_ordinary(record["prompt"])
         if max_prompt and len(prompt_ids) > max_prompt:
             prompt_ids, long_prompts = prompt_ids[-max_prompt:], long_prompts + 1
         response_ids = []
         for text in record["responses"]:
+            if text.startswith(" ") and record["prompt"].endswith(" "):
+                doubled += 1
+            if text.endswith(END_MARKS):
+                ended[next(mark for mark in END_MARKS if text.endswith(mark))] += 1
             if not record["prompt"][-1:].isspace() and not text[:1].isspace():
                 text, spaced = " " + text, spaced + 1
             ids = enc.encode_ordinary(text) + [enc.eot_token]
@@ -210,6 +219,13 @@ def tokenize(
         examples.append(Example(record["prompt"], prompt_ids, response_ids, record["rewards"]))
     if spaced:
         say(f"a space was put between prompt and response in {spaced} of {total} responses")
+    if doubled:
+        say(f"{doubled} of {total} responses begin with a space after a prompt that ends in one")
+    for mark, n in ended.items():
+        say(
+            f"{n} of {total} responses end in {mark}, which is ordinary text here: take it off, as "
+            "each response gets an end of its own"
+        )
     if long_prompts or long_responses:
         say(
             f"truncated: {long_prompts / len(records):.1%} of the prompts, "

@@ -109,16 +109,18 @@ def rwr_objective(c: Any, x: Inputs) -> Losses:
 
 
 def kto_objective(c: Any, x: Inputs) -> Losses:
-    """KTO: desirable is what earns more than the batch's mean, or of thumbs what is up."""
+    """KTO: desirable is what earns more than the batch's mean, or of thumbs what is up.
+
+    The loss of desirable responses is multiplied by --desirable-weight.
+    """
     rewards = x.rewards[x.mask].double()
     if c.desirable == "positive":
         desirable, teaches = rewards > 0, True
     else:  # where all earn the same, nobody is above the mean or below it
         desirable, teaches = rewards > rewards.mean(), rewards.max() > rewards.min()
     logps, ref_logps = x.logps[x.mask], x.ref_logps[x.mask]
-    return {
-        "loss": baselines.kto_loss(logps, ref_logps, desirable, *x.mismatched, c.beta) * teaches
-    }
+    loss = baselines.kto_loss(logps, ref_logps, desirable, *x.mismatched, c.beta) * teaches
+    return {"loss": torch.where(desirable, c.desirable_weight, 1.0) * loss}
 
 
 # ---------------------------------------------------------------------------------- what they share
@@ -187,6 +189,25 @@ def thumbs(c: Any, rewards: list[float]) -> dict:
             f"these {len(rewards)} is {'undesirable' if up else 'desirable'}"
         )
     return {"desirable": desirable}
+
+
+def kto_advice(c: Any, rewards: list[float]) -> str:
+    """The weight that KTO's paper suggests where one kind is under a fifth of the responses.
+
+    weight x desirable / undesirable is to be between 1 and 4/3 (arXiv 2402.01306).
+    """
+    middle = 0.0 if c.desirable == "positive" else sum(rewards) / len(rewards)
+    up = sum(reward > middle for reward in rewards)
+    down = len(rewards) - up
+    if not up or not down or 5 * min(up, down) >= len(rewards):
+        return ""
+    if 1 - 1e-6 <= c.desirable_weight * up / down <= 4 / 3 + 0.02:
+        return ""
+    return (
+        f"{up} responses are desirable and {down} are not: KTO's paper suggests a "
+        f"--desirable-weight between {down / up:.2g} and {4 / 3 * down / up:.2g}, that the two "
+        f"kinds weigh alike (here it is {c.desirable_weight:g})"
+    )
 
 
 def kto_conflict(c: Any) -> str:
@@ -302,6 +323,8 @@ class Objective(NamedTuple):
     conflict: Callable[[Any], str] = lambda c: ""
     # What the rewards of a file decide; ValueError where rewards teach nothing.
     prepare: Callable[[Any, list[float]], dict] = unlike_rewards
+    # What is to be said once of the rewards of a file.
+    advice: Callable[[Any, list[float]], str] = lambda c, rewards: ""
     # Metrics of its own, of a step.
     metrics: Callable[[Any, Inputs], dict[str, Tensor]] = implied_metrics
     # What is to be said aloud of a row of the log; None where it is nothing.
@@ -366,11 +389,12 @@ OBJECTIVES = {
     ),
     "kto": Objective(
         kto_objective,
-        {"lr": 1e-3, "beta": 0.5, "desirable": None},
+        {"lr": 1e-3, "beta": 0.5, "desirable": None, "desirable_weight": 1.0},
         {"reference", "mismatched", "batch"},
         strength="beta",
         conflict=kto_conflict,
         prepare=thumbs,
+        advice=kto_advice,
     ),
     "rrhf": Objective(rrhf_objective, {"lr": 1e-3, "sft_weight": 20.0}, {"lists"}),
     "slic": Objective(slic_objective, {"lr": 1e-3, "sft_weight": 5.0}, {"pairs"}),

@@ -224,6 +224,8 @@ def main(config: Config) -> dict:
     if c.data and not c.reward:
         rewards = [reward for e in own_lists(c, world) for reward in e.rewards]
         c = with_settings_of_the_data(c, rewards)
+        if advice := OBJECTIVES[c.objective].advice(c, rewards):
+            print(advice)
     with locked(Path(c.out)):
         check_folder(c)
         return align(c, world, began)

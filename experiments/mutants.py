@@ -27,6 +27,7 @@ LIST = ROOT / "tests" / "mutants.txt"
 PARTS = ("harness", "experiments", "tests", "pyproject.toml")  # of a copy, beside its *.py
 # The tests that a file's mutants meet; those of other files meet their own alone.
 TESTS = {"pool.py": "pool train", "train.py": "train run", "config.py": "config run"}
+TESTS |= dict.fromkeys(["formats.py", "records.py", "files.py"], "formats files containers")
 AT_ONCE, LONGEST = 2, 600  # copies; seconds until a copy's tests are stopped
 
 

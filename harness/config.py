@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from formats import short
+from files import asked_format
 from objectives import NEEDS, OBJECTIVES
+from records import short
 from tasks import TASKS
 
 
@@ -43,8 +44,14 @@ class Config:
 
     objective: str = option("lire", "what is minimised", OBJECTIVES)
     task: str = option("dialogue", "synthetic world", TASKS)
-    data: list[str] = option(list, "files of lists instead of a task (.jsonl, .jsonl.gz)")
+    data: list[str] = option(
+        list, "files of lists instead of a task: .jsonl .json .csv .parquet, .gz, - for stdin"
+    )
     eval_data: list[str] = option(list, "held-out lists; without it 10 % of the prompts of --data")
+    format: str = option(
+        "", "of --data where it is not recognised: NAME or NAME:REWARD, docs/data.md"
+    )
+    threshold: float | None = option(None, "labels above it are thumbs up; default: true and 1 are")
     limit: int = option(0, "use the first so many lists of --data, 0 for all")
     reward: str = option(
         "", "FILE.py:function, (prompt, response) -> number: --data's prompts get what a task has"
@@ -84,6 +91,9 @@ class Config:
     beta: float | None = option(None, "KL strength", positive=True)
     desirable: str | None = option(
         None, "KTO: above the batch's mean, or above 0 (of thumbs)", ("mean", "positive")
+    )
+    desirable_weight: float | None = option(
+        None, "KTO: of the loss of desirable responses", positive=True
     )
     value: str | None = option(None, "DRO's V: one a prompt or a batch", ("prompt", "batch"))
     value_lr: float | None = option(None, "peak learning rate of V, default --lr", positive=True)
@@ -196,8 +206,11 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--evolve {c.evolve}: every round needs an update, and --steps is {c.steps}"
         )
-    if c.eval_data and not c.data:
-        raise ConfigError("--eval-data goes with --data")
+    for name in ("eval_data", "format", "threshold"):
+        if getattr(c, name) not in ("", [], None) and not c.data:
+            raise ConfigError(f"{flag(name)} goes with --data")
+    if c.format and (reason := asked_format(c.format)):
+        raise ConfigError(f"--format {short(c.format)}: {reason}")
     if "batch" in row.needs and c.batch_size < 2:
         raise ConfigError(
             f"--objective {c.objective} {NEEDS['batch']}: --batch-size must be at least 2, got 1"
@@ -315,7 +328,7 @@ def settings_read(c: Config) -> dict[str, Any]:
     if c.data:
         unread = {"task"} if c.reward else {"eval_samples", "task"}
     else:
-        unread = {"data", "eval_data", "limit", *TASKS[c.task].unread}
+        unread = {"data", "eval_data", "format", "threshold", "limit", *TASKS[c.task].unread}
     if not c.evolve:
         unread |= {"sample_temperature", "iterate"} if c.data else {"sample_temperature"}
     if c.tokenizer != "bpe":

@@ -29,6 +29,7 @@ from harness.pool import (
 from harness.run import save
 from harness.update import finite, prompt_values
 from objectives import OBJECTIVES, correlation
+from records import short
 
 Lists = list[list[list[int]]]  # responses, as token ids, of each prompt
 Answers = list[tuple[Example, list, list]]  # a prompt, the policy's and the reference's responses
@@ -398,7 +399,7 @@ def side_by_side(world: World, answers: Answers, prompts: int = 3, each: int = 3
     """Some prompts with answers of reference and policy, on a task each after its reward."""
     lines = []
     for example, policy_lists, ref_lists in answers[:: max(1, len(answers) // prompts)][:prompts]:
-        lines.append(example.prompt)
+        lines.append(example.prompt if len(example.prompt) <= 300 else short(example.prompt, 300))
         for who, responses in (("reference", ref_lists), ("policy", policy_lists)):
             for ids in responses[:each]:
                 text = decode(world, ids).strip()

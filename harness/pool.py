@@ -1,8 +1,12 @@
 """What a run learns on: prompts, tokenizer and reward; lists of responses sampled and scored."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
+import statistics
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +93,10 @@ def make_world(c: Config) -> World:
 
     allowed = data.allowed_tokens(task, enc) if task else None
     logged = tokens(records, print) if c.data else tokens(records)
+    if c.data and not c.reward:
+        check_lists(c, records, logged)
+        if line := softmax_sees(c, logged):
+            print(line)
     return World(
         enc=enc,
         ranks=ranks,
@@ -136,9 +144,10 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
 
     Raises: DataError; ConfigError where the objective can't learn from them.
     """
-    records = data.load(c.data, c.limit)
+    load = functools.partial(data.load, format=c.format, threshold=c.threshold)
+    records = load(c.data, c.limit)
     if c.eval_data:
-        heldout = data.load(c.eval_data)
+        heldout = load(c.eval_data)
     else:
         records, heldout = data.split(records)
     held = {r["prompt"] for r in heldout}
@@ -146,9 +155,11 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
         records = [r for r in records if r["prompt"] not in held]
         print(f"{leaked} lists with a held-out prompt are left out of the training lists")
     if not records or not heldout:
+        prompts = len({r["prompt"] for r in [*records, *heldout]})
         raise DataError(
             f"{', '.join(c.data)}: {len(records)} lists to train on and {len(heldout)} held out, "
-            "expected some of both: give more lists, or held-out ones with --eval-data"
+            f"expected some of both: they are of {prompts} prompts, and lists of one prompt stay "
+            "on one side; give more prompts, or held-out ones with --eval-data"
         )
     reason = "" if c.reward and c.evolve else why_lists(c)
     if reason:
@@ -163,6 +174,71 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
                 "nothing to learn"
             )
     return records, heldout
+
+
+def check_lists(c: Config, records: list[dict], examples: list[Example]) -> None:
+    """Say how many lists hold a response twice with unlike rewards, or, to compare, only one.
+
+    Raises: DataError where it is more than half of them.
+    """
+    causes = Counter(why_alike(c, r, e) for r, e in zip(records, examples, strict=True))
+    del causes[""]
+    if not causes:
+        return
+    what = ", ".join(f"{n} {cause}" for cause, n in causes.items())
+    line = (
+        f"{causes.total()} of {len(examples)} lists hold a response twice with unlike rewards, or "
+        f"no other: {what}"
+    )
+    if causes.total() > len(examples) / 2:
+        way = "give each response one reward, or no list"
+        if "--max-response" in causes.most_common(1)[0][0]:
+            way = "give a higher --max-response"
+        raise DataError(f"{', '.join(c.data)}: {line}; {way}")
+    print(line)
+
+
+def why_alike(c: Config, record: dict, example: Example) -> str:
+    """In what way a list has nothing to tell two of its responses apart; empty where it has."""
+    first: dict[tuple, int] = {}  # tokens -> the first response of them
+    pair, ids = None, [tuple(tokens) for tokens in example.response_ids[: c.candidates]]
+    for j, tokens in enumerate(ids):
+        i = first.setdefault(tokens, j)
+        if example.rewards[i] != example.rewards[j]:
+            pair = i, j
+    if pair is None and len(ids) > 1 and len(first) == 1 and why_lists(c):
+        pair = 0, 1
+    if pair is None:
+        return ""
+    one, other = (record["responses"][i] for i in pair)
+    if one == other:
+        return "the same text"
+    if one.strip() == other.strip():
+        return "the same but for white space"
+    return f"the same in --max-response {c.max_response} tokens"
+
+
+def softmax_sees(c: Config, examples: list[Example]) -> str:
+    """What a softmax makes of rewards that are almost alike, or far apart, in most of the lists."""
+    lists = [sorted(e.rewards[: c.candidates]) for e in examples]
+    lists = [rewards for rewards in lists if rewards and rewards[0] < rewards[-1]]
+    if c.reward_norm != "softmax" or not lists:
+        return ""
+    ranges = [rewards[-1] - rewards[0] for rewards in lists]
+    typical = f"in most lists (their range is {statistics.median(ranges):.2g} in the middle one)"
+    way = "--reward-norm zscore puts every list on one scale"
+    if sum(x < 0.01 for x in ranges) > len(lists) / 2:
+        return (
+            f"rewards differ so little {typical} that their softmax is flat, and the likelihood of "
+            f"the best is nearly all that is learnt: {way}"
+        )
+    largest = [1 / sum(math.exp(x - rewards[-1]) for x in rewards) for rewards in lists]
+    if sum(x > 0.99 for x in largest) > len(lists) / 2:
+        return (
+            f"rewards differ so much {typical} that their softmax is one-hot, and all but the best "
+            f"are alike: {way}"
+        )
+    return ""
 
 
 # ------------------------------------------------------------------------------- lists of responses

@@ -58,7 +58,10 @@ def train_reference(c: Config, world: World) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------- the cache
 
-SOURCES = "model t5 data tasks formats harness.pool harness.update harness.reference".split()
+SOURCES = (
+    "model t5 data tasks files containers formats records harness.pool harness.update "
+    "harness.reference"
+).split()
 SETTINGS = (
     "max_prompt max_response model layers heads width tokenizer vocab_size reference_steps "
     "reference_lr reference_batch"

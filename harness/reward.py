@@ -5,8 +5,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from formats import short
 from harness.config import Config, ConfigError
+from records import short
 from tasks import Task
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from data import DataError
-from formats import short
 from harness.config import FILES, Config, ConfigError, difference, read_object, run_settings
 from objectives import OBJECTIVES
+from records import short
 
 
 def save(content: Any, path: str | Path) -> None:

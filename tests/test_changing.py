@@ -178,7 +178,7 @@ def test_a_format(project):
         f"--data votes.jsonl --vocab-size 300 {SMALL} --out out/run", "!--data wrong.jsonl"
     )
     title = "votes.jsonl: answers with votes, 60 prompts, 120 responses; best of record 1: 'No.'"
-    assert title in said and "wrong.jsonl:4: votes_b is None" in wrong
+    assert title in said and "wrong.jsonl:4: no field 'votes_b'" in wrong
 
 
 def test_the_loss_in_another_trainer():

@@ -168,6 +168,31 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_response_its_end_and_its_e
     assert joined(whole.prompt_ids) == "abcdef" and whole.response_ids[1] == [*b" xyz!", eos]
 
 
+@pytest.mark.parametrize(
+    "prompt, response, said",
+    [
+        ("How? ", " Fine.", "2 of 3 responses begin with a space after a prompt that ends in one"),
+        ("How?\n", " Fine.", ""),
+        ("How? ", "Fine.", ""),
+        ("How?", " Fine.", ""),
+    ],
+)
+def test_a_double_space_at_the_seam_is_said(prompt, response, said):
+    news = []
+    lists = [record(prompt, [response, response], [1, 2]), record("Why?", [" So."], [1])]
+    data.tokenize(lists, LETTERS, say=news.append)
+    assert news == ([said] if said else [])
+
+
+@pytest.mark.parametrize("mark", data.END_MARKS)
+def test_end_marks_that_responses_bring_along_are_said(mark):
+    news = []
+    lists = [record("How?", [f" Fine.{mark}", " Fine."], [1, 2]), record("Why?", [mark], [1])]
+    examples = data.tokenize(lists, LETTERS, say=news.append)
+    assert any(f"2 of 3 responses end in {mark}, which is ordinary text" in line for line in news)
+    assert joined(examples[0].response_ids[0][:-1]) == f" Fine.{mark}"
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 

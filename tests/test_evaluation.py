@@ -269,6 +269,17 @@ def test_answers_stand_side_by_side_with_their_rewards():
     assert "0.50" not in evaluation.side_by_side(alone, [(example, [good], [bad])])
 
 
+def test_a_long_prompt_is_shortened_where_answers_are_printed():
+    _, world, _ = untrained()
+    for prompt in ("long " * 1000, "some\nlines", "x" * 300, "x" * 301):
+        example = dataclasses.replace(world.heldout[0], prompt=prompt)
+        alone = types.SimpleNamespace(enc=world.enc, task=None)
+        text = evaluation.side_by_side(alone, [(example, [[1]], [[1]])])
+        shown = text.partition("\n  reference")[0]
+        assert (shown == prompt) == (len(prompt) <= 300)
+        assert len(shown) <= 300 and shown[:9] == prompt[:9]
+
+
 def test_the_curves_hold_a_look_at_held_out_prompts_at_every_evaluation(finished):
     rows = log(finished[0])
     assert [row["step"] for row in rows if "kl" in row] == [4, 8, 12]

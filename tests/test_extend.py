@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import LISTS, log, small, write
 
-import formats
+import files
 import tasks
 import train
 from experiments import compare
@@ -15,6 +15,7 @@ from formats import FORMATS, Format
 from harness import config
 from harness.config import Config, ConfigError, command_line, option, resolve
 from objectives import OBJECTIVES, Objective
+from records import get, one_list
 from tasks import TASKS, Task, TaskRow
 
 # ------------------------------------------------------------------------------------- an objective
@@ -156,46 +157,50 @@ def test_a_new_task_runs_and_is_measured_against_its_optimum(new_task, tmp_path,
 
 
 def read_pair(row):
-    """{"prompt", "chosen", "rejected"}: the chosen response earns 1, the rejected one 0."""
-    responses = [row["chosen"], row["rejected"]]
-    return {"prompt": row["prompt"], "responses": responses, "rewards": [1.0, 0.0]}
+    """{"query", "good", "bad"}: the good response earns 1, the bad one 0."""
+    return one_list(get(row, "query", str), [get(row, "good"), get(row, "bad")], [1.0, 0.0])
 
 
 @pytest.fixture
 def pairs(monkeypatch):
-    """One row, ahead of the canonical one, which fits whatever is left."""
-    own = Format(read_pair, lambda row: "chosen" in row, "chosen and rejected responses")
-    rows = {**FORMATS}
-    for name in rows:
-        monkeypatch.delitem(FORMATS, name)
+    """One function and one row."""
+    own = Format(read_pair, "query good bad", "good and bad responses", "M = 2: 1 and 0")
     monkeypatch.setitem(FORMATS, "pairs", own)
-    for name, row in rows.items():
-        monkeypatch.setitem(FORMATS, name, row)
 
 
 PAIRS = [
-    {"prompt": row["prompt"], "chosen": row["responses"][0], "rejected": row["responses"][1]}
+    {"query": row["prompt"], "good": row["responses"][0], "bad": row["responses"][1]}
     for row in LISTS
 ]
 
 
 def test_a_new_format_is_recognised_and_the_others_still_are(pairs, tmp_path):
     news = []
-    records = formats.load([write(tmp_path, *PAIRS)], say=news.append)
+    records = files.load([write(tmp_path, *PAIRS)], say=news.append)
     assert records[0] == {
         "prompt": "What is 0 like?",
         "responses": ["Fine, thank you.", "Bad."],
         "rewards": [1.0, 0.0],
     }
-    assert len(records) == 60 and "chosen and rejected responses, 60 prompts" in news[0]
-    assert formats.load([write(tmp_path, *LISTS)], say=news.append) == LISTS
+    assert len(records) == 60 and "good and bad responses, 60 prompts" in news[0]
+    assert files.load([write(tmp_path, *LISTS)], say=news.append) == LISTS
     assert "canonical" in news[1]
 
 
 def test_a_bad_line_of_a_new_format_is_named_with_its_number(pairs, tmp_path):
     path = write(tmp_path, PAIRS[0], "{")
-    with pytest.raises(formats.DataError, match=r"lists.jsonl:2: not JSON"):
-        formats.load([path])
+    with pytest.raises(files.DataError, match=r"lists.jsonl:2: not JSON"):
+        files.load([path])
+    path = write(tmp_path, PAIRS[0], {"query": "x", "good": "y"})
+    with pytest.raises(files.DataError, match=r"lists.jsonl:2: no field 'bad', expected query, "):
+        files.load([path])
+
+
+def test_a_new_format_can_be_asked_for_and_is_the_nearest_where_a_field_is_wrong(pairs, tmp_path):
+    path = write(tmp_path, *PAIRS)
+    assert len(files.load([path], say=lambda line: None, format="pairs")) == 60
+    with pytest.raises(files.DataError, match="nearest is pairs"):
+        files.load([write(tmp_path, {"query": "x", "good": "y", "baad": "z"})])
 
 
 @pytest.mark.parametrize("objective", ["lire", "dro"])

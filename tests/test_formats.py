@@ -10,7 +10,10 @@ from helpers import DATA_DIR, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import files
 import formats
+import records as parts
+from formats import FORMATS
 
 GOOD = {
     "prompt": "Describe the pond.",
@@ -41,11 +44,11 @@ quickly = settings(
 def load(*paths, **options):
     """Records and the lines of news."""
     news = []
-    return formats.load(paths, say=news.append, **options), news
+    return files.load(paths, say=news.append, **options), news
 
 
 def error(*paths, **options):
-    with pytest.raises(formats.DataError) as e:
+    with pytest.raises(files.DataError) as e:
         load(*paths, **options)
     return str(e.value)
 
@@ -100,7 +103,10 @@ def test_byte_order_mark_blank_lines_and_windows_line_ends_are_no_obstacle(tmp_p
 def test_it_says_what_it_recognised_and_which_response_it_takes_for_the_best(tmp_path):
     (news,) = load(write(tmp_path, GOOD, GOOD))[1]
     assert (
-        "canonical" in news and "2 prompts" in news and "6 responses" in news and "'Calm.'" in news
+        "canonical" in news
+        and "2 lists of 1 prompts" in news
+        and "6 responses" in news
+        and "'Calm.'" in news
     )
 
 
@@ -123,7 +129,7 @@ def test_limit_counts_over_all_files(tmp_path, limit):
     "unusable",
     [
         changed(prompt="  "),
-        changed(responses=["", "Wet.", "Soup."]),
+        changed(responses=["", " ", "\n"]),
         changed(responses=[], rewards=[]),
     ],
 )
@@ -148,11 +154,14 @@ BROKEN = {
     "no prompt": (changed(prompt=None), "no field 'prompt'"),
     "no responses": (changed(responses=None), "no field 'responses'"),
     "no rewards": (changed(rewards=None), "no field 'rewards'"),
-    "prompt of another type": (changed(prompt=["Describe the pond."]), "'prompt' is list"),
+    "prompt of another type": (
+        changed(prompt=["Describe the pond."]),
+        "a turn is str, expected an object",
+    ),
     "responses of another type": (changed(responses="Calm."), "'responses' is str"),
     "a response of another type": (
         changed(responses=["Calm.", "Wet.", 3]),
-        "something else than strings",
+        "response 3 is int, expected a string",
     ),
     "too few rewards": (changed(rewards=[1.7, 0.2]), "3 responses and 2 rewards"),
     "too many rewards": (changed(rewards=[1.7, 0.2, -2.1, 0.0]), "3 responses and 4 rewards"),
@@ -188,7 +197,7 @@ broken_copa = {
     "asks for nothing": (changed(COPA, asks_for="reason"), "'asks-for' is 'reason'"),
     "a third answer": (changed(COPA, most_plausible_alternative="3"), "is '3'"),
     "no list": (changed(COPA, human_explanations={}), "is dict"),
-    "not objects": (changed(COPA, human_explanations=["Soup."]), "objects"),
+    "not objects": (changed(COPA, human_explanations=["Soup."]), "1 is str, expected an object"),
     "no rating": (changed(COPA, human_explanations=[{"text": "Soup."}]), "explanation 1 is None"),
     "no text": (changed(COPA, human_explanations=[{"filtered-avg-rating": 1}]), "no field 'text'"),
     "another format": (GOOD, "no field 'asks-for'"),
@@ -214,7 +223,7 @@ def test_a_message_is_short_whatever_stands_in_the_file(tmp_path, record):
             path = write(tmp_path, record, {**record, name: value})
             try:
                 load(path)
-            except formats.DataError as e:
+            except files.DataError as e:
                 assert str(e).startswith(f"{path}:") and len(str(e)) <= 300 and "\n" not in str(e)
     path = write(tmp_path, LONG)
     assert error(path).startswith(f"{path}:1: not JSON") and len(error(path)) <= 300
@@ -223,25 +232,25 @@ def test_a_message_is_short_whatever_stands_in_the_file(tmp_path, record):
 def test_a_long_path_keeps_its_beginning_and_the_reason(tmp_path):
     message = error(f"{tmp_path}/{LONG}\n{LONG}")
     assert message.startswith(str(tmp_path)) and len(message) == 300 and "\n" not in message
-    assert message.endswith("File name too long, expected a readable .jsonl or .jsonl.gz file")
+    assert message.endswith("File name too long, expected a readable file")
 
 
 def test_a_long_value_is_shown_by_its_beginning_and_its_end():
-    assert formats.short("a\nb") == "a b" and formats.short(80 * "a") == 80 * "a"
-    cut = formats.short(41 * "a" + 41 * "b")
+    assert parts.short("a\nb") == "a b" and parts.short(80 * "a") == 80 * "a"
+    cut = parts.short(41 * "a" + 41 * "b")
     assert cut == 40 * "a" + " ... " + 35 * "b" and len(cut) == 80
 
 
 def test_a_file_without_records_or_that_cannot_be_read_is_named(tmp_path):
     assert error(write(tmp_path)).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
-    assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:2: no record")
+    assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
     assert error(write(tmp_path, b"\xef\xbb\xbf")).startswith(
         f"{tmp_path / 'lists.jsonl'}:1: no record"
     )
     assert error(tmp_path / "absent.jsonl").startswith(
         f"{tmp_path / 'absent.jsonl'}:1: No such file"
     )
-    assert error(tmp_path).startswith(f"{tmp_path}:1: Is a directory")
+    assert error(tmp_path).startswith(f"{tmp_path}:1: a folder, expected files, as ")
 
 
 def test_every_truncation_or_corruption_of_a_gz_file_ends_in_one_line(tmp_path):
@@ -302,7 +311,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_with_file_and_line(tmp_path
     path = write(tmp_path, *lines)
     try:
         records, _ = load(path)
-    except formats.DataError as e:
+    except files.DataError as e:
         assert re.fullmatch(rf"{re.escape(str(path))}:\d+: \S.*", str(e))
     else:
         for r in records:
@@ -357,11 +366,27 @@ def test_single_responses_to_one_prompt_become_one_list(tmp_path):
     assert load(write(tmp_path, *rows), limit=1)[0] == records[:1]
 
 
-def test_thumbs_are_one_and_minus_one(tmp_path):
-    labels = [True, False, 1, 0, 0.7, -3]
-    rows = [{"prompt": f"{i}", "completion": "x", "label": up} for i, up in enumerate(labels)]
-    records, _ = load(write(tmp_path, *rows))
-    assert [r["rewards"] for r in records] == [[1.0], [-1.0], [1.0], [-1.0], [1.0], [-1.0]]
+@pytest.mark.parametrize("up, down", [(True, False), (1, 0), (1.0, 0.0)])
+def test_thumbs_are_one_and_minus_one(tmp_path, up, down):
+    rows = [{"prompt": f"{x}", "completion": "x", "label": x} for x in (up, down)]
+    assert [r["rewards"] for r in load(write(tmp_path, *rows))[0]] == [[1.0], [-1.0]]
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, 4])
+def test_other_labels_need_a_threshold(tmp_path, label):
+    rows = [{"prompt": f"{x}", "completion": "x", "label": x} for x in (0, 1, label)]
+    path = write(tmp_path, *rows)
+    assert f"lists.jsonl:3: the label is {label}, expected true or false, 1 or 0; " in error(path)
+    assert "--threshold X" in error(path)
+    signs = [[1.0 if x > 0.75 else -1.0] for x in (0, 1, label)]
+    assert [r["rewards"] for r in load(path, threshold=0.75)[0]] == signs
+
+
+def test_a_threshold_is_exclusive_leaves_true_and_false_alone_and_goes_with_labels(tmp_path):
+    rows = [{"prompt": f"{x}", "completion": "x", "label": x} for x in (0, 1, 2, True, False)]
+    read = [r["rewards"][0] for r in load(write(tmp_path, *rows), threshold=1)[0]]
+    assert read == [-1, -1, 1, 1, -1]
+    assert "1: --threshold is for labels" in error(write(tmp_path, GOOD), threshold=1)
 
 
 @pytest.mark.parametrize(
@@ -369,22 +394,548 @@ def test_thumbs_are_one_and_minus_one(tmp_path):
     [
         (
             {"prompt": "x", "completion": "y", "label": "yes"},
-            "'label' is 'yes', expected true or false, or a number",
+            "the label is 'yes', expected true or false, or 1 or 0",
         ),
-        ({"prompt": "x", "completion": "y", "label": None}, "'label' is None"),
+        ({"prompt": "x", "completion": "y", "label": None}, "the label is None"),
         (
             '{"prompt": "x", "completion": "y", "label": NaN}',
-            "'label' is nan, expected a finite number",
+            "the label is nan, expected a finite number",
         ),
-        ({"prompt": "x", "response": "y"}, "no field 'reward', expected"),
+        (
+            {"prompt": "x", "response": "y"},
+            "no field 'reward' or 'score' or 'rating', expected prompt or query",
+        ),
         (
             {"prompt": "x", "response": "y", "reward": "high"},
             "'reward' is 'high', expected a finite number",
         ),
-        ({"prompt": "x", "response": ["y"], "reward": 1}, "'response' is list, expected a string"),
+        ({"prompt": "x", "response": ["y"], "reward": 1}, "a turn is str, expected an object"),
+        ({"prompt": "x", "response": 3, "reward": 1}, "response 1 is int, expected a string"),
         ({"response": "y", "reward": 1}, "no field 'prompt'"),
     ],
 )
 def test_bad_single_responses_are_named_with_file_and_line(tmp_path, row, message):
-    with pytest.raises(formats.DataError, match=rf"lists.jsonl:2: {message}"):
-        load(write(tmp_path, {"prompt": "a", "response": "b", "reward": 1}, row))
+    first = {"prompt": "a", "response": "b", "reward": 1}
+    if "label" in row:
+        first = {"prompt": "a", "response": "b", "label": True}
+    with pytest.raises(files.DataError, match=rf"lists.jsonl:2: {message}"):
+        load(write(tmp_path, first, row))
+
+
+def test_a_file_of_scores_does_not_go_on_with_labels(tmp_path):
+    message = error(write(tmp_path, SINGLE, THUMB))
+    assert "lists.jsonl:2: no field 'reward'" in message
+    assert "the file began with single responses, and this is one of thumbs" in message
+
+
+# ------------------------------------------------------------------------- every format there is
+
+HUMAN, ASKED = "\n\nHuman: Is the pond calm?", "\n\nHuman: Is the pond calm?\n\nAssistant:"
+USER = {"role": "user", "content": "Is the pond calm?"}
+
+
+def says(text, role="assistant"):
+    return {"role": role, "content": text}
+
+
+def record_of(prompt, responses, rewards):
+    return {"prompt": prompt, "responses": responses, "rewards": rewards}
+
+
+MARKS = {"correctness": 4, "coherence": 4, "complexity": 1, "verbosity": 2}
+POST = {"id": "t3_x", "post": "My frog left.", "title": "Frog gone", "subreddit": "pets"}
+SHARE = {"conversations": [{"from": "human", "value": "Is the pond calm?"}]}
+CASES = {  # format -> (rows of a file, Records)
+    "copa-sse": (
+        [COPA],
+        [
+            record_of(
+                "The frog left. So what? The pond was calm.",
+                ["Frogs make waves.", "Soup."],
+                [4.25, 1.0],
+            )
+        ],
+    ),
+    "oasst-tree": (
+        [
+            {
+                "prompt": {
+                    "text": "Is the pond calm?",
+                    "role": "prompter",
+                    "replies": [
+                        {"text": "Soup.", "role": "assistant", "rank": 1, "replies": []},
+                        {
+                            "text": "Yes.",
+                            "role": "assistant",
+                            "rank": 0,
+                            "replies": [
+                                {
+                                    "text": "And wet?",
+                                    "role": "prompter",
+                                    "rank": None,
+                                    "replies": [
+                                        {"text": "No.", "role": "assistant", "rank": 1},
+                                        {"text": "Yes.", "role": "assistant", "rank": 0},
+                                        {"text": "Eh.", "role": "assistant", "rank": None},
+                                    ],
+                                }
+                            ],
+                        },
+                    ],
+                }
+            }
+        ],
+        [
+            record_of(ASKED, [" Soup.", " Yes."], [-1.0, 0.0]),
+            record_of(
+                f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant:", [" No.", " Yes."], [-1.0, 0.0]
+            ),
+        ],
+    ),
+    "oasst": (
+        [  # a reply before its parent, a reply without a rank, a tree of one reply
+            {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "Soup.", "rank": 1},
+            {"message_id": "a", "parent_id": None, "role": "prompter", "text": "Is the pond calm?"},
+            {"message_id": "c", "parent_id": "a", "role": "assistant", "text": "Yes.", "rank": 0},
+            {"message_id": "d", "parent_id": "a", "role": "assistant", "text": "Eh.", "rank": None},
+            {"message_id": "e", "parent_id": None, "role": "prompter", "text": "Alone?"},
+            {"message_id": "f", "parent_id": "e", "role": "assistant", "text": "Yes.", "rank": 0},
+        ],
+        [record_of(ASKED, [" Soup.", " Yes."], [-1.0, 0.0])],
+    ),
+    "pro": (
+        [{"prefix": ["Pond?", "Pond?"], "suffix": ["Calm.", "Soup."], "reward": [1.7, -2.1]}],
+        [record_of("Pond?", ["Calm.", "Soup."], [1.7, -2.1])],
+    ),
+    "tldr": (
+        [
+            {"info": POST, "summaries": [{"text": " Frog left."}, {"text": " Cars."}], "choice": 0},
+            {
+                "info": {"article": "A frog has left."},
+                "summaries": [{"text": " Cars."}, {"text": " Frog."}],
+                "choice": 1,
+            },
+        ],
+        [
+            record_of(
+                "SUBREDDIT: r/pets\n\nTITLE: Frog gone\n\nPOST: My frog left.\n\nTL;DR:",
+                [" Frog left.", " Cars."],
+                [1.0, 0.0],
+            ),
+            record_of("A frog has left.\n\nTL;DR:", [" Cars.", " Frog."], [0.0, 1.0]),
+        ],
+    ),
+    "tldr-axis": (
+        [
+            {"info": {"post": "Frog."}, "summary": {"text": " Left.", "axes": {"overall": 6}}},
+            {"info": {"post": "Frog."}, "summary": {"text": " Cars.", "axes": {"overall": 1}}},
+            {"info": {"post": "Frog."}, "summary": {"text": " Soup.", "axes": {"accuracy": 7}}},
+        ],
+        [record_of("POST: Frog.\n\nTL;DR:", [" Left.", " Cars."], [6.0, 1.0])],
+    ),
+    "webgpt": (
+        [
+            {
+                "question": {"full_text": "Is the pond calm?", "id": "x"},
+                "answer_0": "Soup.",
+                "answer_1": "Yes.",
+                "score_0": -0.5,
+                "score_1": 0.5,
+            },
+            {"question": "Tie?", "answer_0": "Yes.", "answer_1": "No.", "score_0": 0, "score_1": 0},
+        ],
+        [
+            record_of("Is the pond calm?", ["Soup.", "Yes."], [-0.5, 0.5]),
+            record_of("Tie?", ["Yes.", "No."], [0.0, 0.0]),
+        ],
+    ),
+    "shp": (
+        [
+            {"history": "Pond?", "human_ref_A": "Soup.", "human_ref_B": "Calm.", "labels": 0},
+            {
+                "history": "Sea?",
+                "human_ref_A": "Wide.",
+                "human_ref_B": "Soup.",
+                "labels": 1,
+                "score_A": 12,
+                "score_B": 3,
+            },
+        ],
+        [
+            record_of("Pond?", ["Calm.", "Soup."], [1.0, 0.0]),
+            record_of("Sea?", ["Wide.", "Soup."], [12.0, 3.0]),
+        ],
+    ),
+    "arena": (
+        [
+            {
+                "conversation_a": [USER, says("Soup.")],
+                "conversation_b": [USER, says("Yes.")],
+                "winner": "model_b",
+            },
+            {"conversation_a": [], "conversation_b": [], "winner": "tie (bothbad)"},
+        ],
+        [record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.0])],
+    ),
+    "helpsteer3": (
+        [
+            {"context": [USER], "response1": "Yes.", "response2": "Eh.", "overall_preference": -2},
+            {"context": [USER], "response1": "Eh.", "response2": "Yes.", "overall_preference": 1},
+            {"context": [USER], "response1": "Eh.", "response2": "Oh.", "overall_preference": 0},
+        ],
+        [
+            record_of(ASKED, [" Yes.", " Eh."], [2.0, 0.0]),
+            record_of(ASKED, [" Eh.", " Yes."], [-1.0, 0.0]),
+        ],
+    ),
+    "helpsteer": (
+        [
+            {"prompt": "Pond?", "response": "Calm.", "helpfulness": 3, **MARKS},
+            {"prompt": "Pond?", "response": "Soup.", "helpfulness": 0, **MARKS},
+        ],
+        [record_of("Pond?", ["Calm.", "Soup."], [3.0, 0.0])],
+    ),
+    "nectar": (
+        [
+            {
+                "prompt": "\n\nHuman: Pond?\n\nAssistant: ",
+                "answers": [{"answer": "Soup.", "rank": 2.0}, {"answer": "Calm.", "rank": 1.0}],
+            }
+        ],
+        [record_of("\n\nHuman: Pond?\n\nAssistant: ", ["Soup.", "Calm."], [-2.0, -1.0])],
+    ),
+    "ultrafeedback": (
+        [
+            {
+                "instruction": "Pond?",
+                "completions": [
+                    {"response": "Calm.", "fine-grained_score": 4.5, "overall_score": 8.0},
+                    {
+                        "response": "Soup.",
+                        "annotations": {
+                            "helpfulness": {"Rating": "2"},
+                            "honesty": {"Rating": "N/A"},
+                            "truthfulness": {"Rating": "1"},
+                        },
+                        "overall_score": 10.0,
+                    },
+                    {"response": "Eh.", "annotations": {"honesty": {"Rating": "N/A"}}},
+                ],
+            },
+            {"instruction": "Sea?", "completions": [{"response": "Wide.", "overall_score": 10.0}]},
+        ],
+        [record_of("Pond?", ["Calm.", "Soup."], [4.5, 1.5])],
+    ),
+    "nested": (
+        [
+            {
+                "prompt": "Pond?",
+                "responses": [{"text": "Calm.", "reward": 2}, {"response": "Soup.", "score": -1}],
+            }
+        ],
+        [record_of("Pond?", ["Calm.", "Soup."], [2.0, -1.0])],
+    ),
+    "canonical": (
+        [
+            {"query": "Pond?", "responses": ["Calm.", "Soup."], "scores": [1.5, -2]},
+            {"instruction": "Sea?", "responses": ["Wide."], "rewards": [1]},
+            {
+                "prompt": [USER],
+                "responses": ["Yes.", [says("Soup.")]],
+                "rewards": [1, 0.5],
+                "ranks": 3,
+            },
+        ],
+        [
+            record_of("Pond?", ["Calm.", "Soup."], [1.5, -2.0]),
+            record_of("Sea?", ["Wide."], [1.0]),
+            record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.5]),
+        ],
+    ),
+    "ranks": (
+        [{"prompt": "Pond?", "responses": ["Soup.", "Calm."], "ranks": [2, 1]}],
+        [record_of("Pond?", ["Soup.", "Calm."], [-2.0, -1.0])],
+    ),
+    "sharegpt": (
+        [
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    *SHARE["conversations"],
+                ],
+                "chosen": {"from": "gpt", "value": "Yes."},
+                "rejected": {"from": "gpt", "value": "Soup."},
+            },
+            {"messages": [USER], "chosen": says("Yes."), "rejected": says("Soup.")},
+        ],
+        [
+            record_of("\n\nSystem: Be brief." + ASKED, [" Yes.", " Soup."], [1.0, 0.0]),
+            record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.0]),
+        ],
+    ),
+    "sharegpt-kto": (
+        [
+            {
+                "conversations": [*SHARE["conversations"], {"from": "gpt", "value": "Yes."}],
+                "kto_tag": True,
+            },
+            {"messages": [USER, says("Soup.")], "kto_tag": False},
+            {"messages": [USER], "kto_tag": False},
+        ],
+        [record_of(ASKED, [" Yes.", " Soup."], [1.0, -1.0])],
+    ),
+    "hh": (
+        [
+            {"chosen": ASKED + " Yes, very.", "rejected": ASKED + " Soup."},
+            {"chosen": ASKED + " Yes.", "rejected": "\n\nHuman: Is it?\n\nAssistant: No."},
+            {"chosen": "Yes.", "rejected": ASKED + " No."},
+            {"chosen": ASKED + " Yes.", "rejected": ASKED},
+        ],
+        [
+            record_of(ASKED, [" Yes, very.", " Soup."], [1.0, 0.0]),
+            record_of(ASKED, [" Yes."], [1.0]),
+        ],
+    ),
+    "alpaca": (
+        [
+            {"instruction": "Describe:", "input": "a pond", "chosen": "Calm.", "rejected": "Soup."},
+            {
+                "instruction": "Describe a pond.",
+                "input": "",
+                "chosen": "Calm.",
+                "rejected": "Soup.",
+            },
+            {
+                "instruction": "And wet?",
+                "system": "Be brief.",
+                "history": [["Is the pond calm?", "Yes."]],
+                "chosen": "Yes.",
+                "rejected": "No.",
+            },
+        ],
+        [
+            record_of("Describe:\na pond", ["Calm.", "Soup."], [1.0, 0.0]),
+            record_of("Describe a pond.", ["Calm.", "Soup."], [1.0, 0.0]),
+            record_of(
+                f"\n\nSystem: Be brief.{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant:",
+                [" Yes.", " No."],
+                [1.0, 0.0],
+            ),
+        ],
+    ),
+    "alpaca-kto": (
+        [
+            {"instruction": "Describe:", "input": "a pond", "output": "Calm.", "kto_tag": True},
+            {"instruction": "Describe:", "input": "a pond", "output": "Soup.", "kto_tag": False},
+        ],
+        [record_of("Describe:\na pond", ["Calm.", "Soup."], [1.0, -1.0])],
+    ),
+    "ultrafeedback-binarized": (
+        [
+            {
+                "prompt": "Is the pond calm?",
+                "chosen": [USER, says("Yes.")],
+                "rejected": [USER, says("Soup.")],
+                "messages": [USER, says("Yes.")],
+                "score_chosen": 8.5,
+                "score_rejected": 3,
+            },
+            {
+                "prompt": "Sea?",
+                "chosen": "Wide.",
+                "rejected": "Soup.",
+                "score_chosen": 4.0,
+                "score_rejected": 4,
+            },
+        ],
+        [
+            record_of(ASKED, [" Yes.", " Soup."], [8.5, 3.0]),
+            record_of("Sea?", ["Wide.", "Soup."], [1.0, 0.0]),
+        ],
+    ),
+    "preference": (
+        [
+            {"prompt": "The pond is", "chosen": " calm.", "rejected": " made of soup."},
+            {"prompt": [USER], "chosen": [says("Yes.")], "rejected": [says("Soup.")]},
+            {"chosen": [USER, says("Yes.")], "rejected": [USER, says("Soup.")]},
+            {"question": "Is it?", "system": "Be brief.", "chosen": "Yes.", "rejected": "Soup."},
+        ],
+        [
+            record_of("The pond is", [" calm.", " made of soup."], [1.0, 0.0]),
+            record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.0]),
+            record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.0]),
+            record_of(
+                "\n\nSystem: Be brief.\n\nHuman: Is it?\n\nAssistant:",
+                [" Yes.", " Soup."],
+                [1.0, 0.0],
+            ),
+        ],
+    ),
+    "scored": (
+        [
+            {"instruction": "Describe:", "input": "a pond", "output": "Calm.", "score": 4},
+            {"instruction": "Describe:", "input": "a pond", "response": "Soup.", "rating": 1.5},
+            {"input": "Describe a sea.", "output": "Wide.", "score": 3},
+        ],
+        [
+            record_of("Describe:\na pond", ["Calm.", "Soup."], [4.0, 1.5]),
+            record_of("Describe a sea.", ["Wide."], [3.0]),
+        ],
+    ),
+    "single": (
+        [SINGLE, SINGLE | {"response": "Soup.", "reward": 0}],
+        [record_of("Describe the pond.", ["Calm.", "Soup."], [1.0, 0.0])],
+    ),
+    "unpaired": (
+        [THUMB, {"prompt": [USER], "completion": [says("Soup.")], "label": False}],
+        [record_of("Describe the pond.", ["Calm."], [1.0]), record_of(ASKED, [" Soup."], [-1.0])],
+    ),
+}
+
+
+def test_every_format_has_a_case():
+    assert list(CASES) == list(FORMATS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_format_is_recognised_and_read(tmp_path, name):
+    rows, expected = CASES[name]
+    assert files.recognise(rows[0]) == name
+    records, news = load(write(tmp_path, *rows))
+    assert records == expected
+    assert FORMATS[name].title in news[-1] and "record 1: " in news[-1]
+    # The same where it is asked for by name.
+    assert load(write(tmp_path, *rows), format=name)[0] == expected
+
+
+# Fields that tell a format from others, and which a later row may lack.
+MAY_LACK = {
+    "alpaca": ["instruction"],
+    "alpaca-kto": ["instruction|input"],
+    "scored": ["instruction|input"],
+    "ultrafeedback-binarized": ["prompt", "score_chosen", "score_rejected"],
+    "oasst": ["parent_id"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_field_of_a_format_is_needed(tmp_path, name):
+    first = CASES[name][0][0]
+    for names in FORMATS[name].fields.split():
+        row = {k: v for k, v in first.items() if k not in names.split("|")}
+        assert not FORMATS[name].fits(row)
+        path = write(tmp_path, first, row)
+        if names not in MAY_LACK.get(name, []):
+            assert error(path).startswith(f"{path}:2: no field '{names.split('|')[0]}'")
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("hh", "left out 1 times: the responses differ before the last turn"),
+        ("hh", "left out 1 times: a transcript without a turn of the assistant"),
+        ("hh", "left out 1 times: an empty response"),
+        ("arena", "left out 1 times: a tie"),
+        ("helpsteer3", "left out 1 times: a tie"),
+        ("tldr-axis", "left out 1 times: no rating of overall"),
+        ("ultrafeedback", "left out 1 times: no completion has a rating"),
+        ("sharegpt-kto", "left out 1 times: the last turn is not the assistant's"),
+        ("shp", "1 of 2 records have scores and a label: the scores count"),
+        ("ultrafeedback-binarized", "1 of 2 records have scores and a label: the scores count"),
+        ("ultrafeedback-binarized", "1 of 2 records have equal scores: the chosen earns 1"),
+        ("helpsteer3", "2 lists of 1 prompts, 4 responses; best of record 1: ' Yes.'"),
+        ("unpaired", "2 prompts, 2 responses; record 1: 'Calm.' earns 1"),
+    ],
+)
+def test_what_is_left_out_or_settled_is_said(tmp_path, name, said):
+    _, news = load(write(tmp_path, *CASES[name][0]))
+    assert any(said in line for line in news), news
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("tldr", {"choice": 2}, "'choice' is 2, expected 0 or 1"),
+        ("tldr", {"summaries": [{"text": "x"}]}, "'choice' is 0, expected 0 or 1 of two summaries"),
+        ("shp", {"labels": 2}, "'labels' is 2, expected 1"),
+        ("arena", {"winner": "model_c"}, "'winner' is 'model_c', expected model_a"),
+        ("pro", {"prefix": ["Pond?", "Sea?"]}, "'prefix' holds different prompts"),
+        ("pro", {"suffix": ["Calm."]}, "1 responses and 2 rewards"),
+        (
+            "alpaca",
+            {"history": [["Is it?"]]},
+            "'history' holds something else than [question, reply]",
+        ),
+        ("ranks", {"ranks": [1, None]}, "rank 2 is None, expected a finite number"),
+        (
+            "ultrafeedback",
+            {"completions": [{"response": "x", "fine-grained_score": "4"}]},
+            "is '4'",
+        ),
+        ("oasst", {"rank": "best"}, "'rank' is 'best', expected a finite number"),
+    ],
+)
+def test_a_wrong_field_of_a_format_is_named(tmp_path, name, row, message):
+    first = CASES[name][0][0]
+    path = write(tmp_path, first, first | row)
+    assert error(path).startswith(f"{path}:2: ") and message in error(path)
+
+
+def test_the_rewards_of_another_field_are_asked_for(tmp_path):
+    rows = CASES["helpsteer"][0]
+    records, _ = load(write(tmp_path, *rows), format="helpsteer:verbosity")
+    assert records == [record_of("Pond?", ["Calm.", "Soup."], [2.0, 2.0])]
+    records, _ = load(write(tmp_path, *CASES["tldr-axis"][0]), format="tldr-axis:accuracy")
+    assert records[0]["responses"] == [" Soup."] and records[0]["rewards"] == [7.0]
+    records, _ = load(
+        write(tmp_path, *CASES["ultrafeedback"][0]), format="ultrafeedback:helpfulness"
+    )
+    assert records == [record_of("Pond?", ["Soup."], [2.0])]
+    own = [SINGLE | {"votes": 5, "reward": 1}]
+    assert load(write(tmp_path, *own), format="single:votes")[0][0]["rewards"] == [5.0]
+    assert "no field 'votes'" in error(write(tmp_path, SINGLE), format="single:votes")
+
+
+@pytest.mark.parametrize(
+    "format, message",
+    [
+        ("chess", "format chess: no format of this name, nearest are "),
+        ("pro:votes", "a field of the rewards can be told for tldr-axis, helpsteer"),
+        ("single:", "a field of the rewards can be told for"),
+    ],
+)
+def test_an_impossible_format_is_refused(tmp_path, format, message):
+    assert message in error(write(tmp_path, GOOD), format=format)
+
+
+def test_a_format_that_is_asked_for_is_not_guessed(tmp_path):
+    both = [SINGLE | {"label": True}, SINGLE | {"response": "Soup.", "label": False, "reward": 2}]
+    assert load(write(tmp_path, *both))[0][0]["rewards"] == [1.0, 2.0]
+    assert load(write(tmp_path, *both), format="unpaired")[0][0]["rewards"] == [1.0, -1.0]
+    assert "lists.jsonl:1: no field 'prefix'" in error(write(tmp_path, GOOD), format="pro")
+
+
+def test_an_unknown_format_names_its_fields_the_nearest_format_and_ours(tmp_path):
+    message = error(write(tmp_path, {"promt": "x", "chosen": "y", "rejectd": "z"}))
+    assert "fields promt, chosen, rejectd are of no known format; nearest is preference" in message
+    assert message.endswith(f"ours is {formats.CANONICAL}")
+    message = error(write(tmp_path, {"instruction": "x", "completion": []}))
+    assert "nearest is ultrafeedback;" in message
+    many = {f"{k} {'x' * 50}": 1 for k in range(1000)}
+    path = write(tmp_path, many)
+    assert len(error(path)) <= len(path) + 4 + 200
+    assert "nearest is canonical" in error(write(tmp_path, {}))
+
+
+def test_scores_count_before_a_label_where_they_differ(tmp_path):
+    rows = [SINGLE | {"label": up, "reward": r} for up, r in ((True, 3), (False, 4))]
+    records, news = load(write(tmp_path, *rows))
+    assert records[0]["rewards"] == [3.0, 4.0]
+    assert any("2 of 2 records have scores and a label: the scores count" in line for line in news)
+    rows = [SINGLE | {"label": up, "reward": 3} for up in (True, False)]
+    records, news = load(write(tmp_path, *rows))
+    assert records[0]["rewards"] == [1.0, -1.0]
+    assert any("2 of 2 records have a label, and scores that are all equal" in x for x in news)
+    rows = [SINGLE | {"label": 5}]
+    assert "lists.jsonl:1: the label is 5, expected" in error(write(tmp_path, *rows))
+    assert load(write(tmp_path, *rows), threshold=3)[0][0]["rewards"] == [1.0]

@@ -33,10 +33,13 @@ ALLOWED = {
     "model": "",
     "t5": "model",
     "tasks": "",
-    "formats": "",
+    "records": "",
+    "formats": "records",
+    "containers": "formats records",
+    "files": "containers formats records",
     "frontier": "dro",
     "objectives": "lire dro baselines",
-    "data": "tasks formats",
+    "data": "tasks files records",
 }
 
 

@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 
+import baselines
 import dro
 import lire
 import objectives
@@ -172,6 +173,57 @@ def test_kto_takes_what_is_above_the_mean_or_above_0_for_desirable(desirable, go
     other = (mismatched[0] - mismatched[1]).tolist()
     expected = oracle.kto_loss(ratios, good, other, 0.4)
     assert loss.item() == pytest.approx(expected.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25, 3.0])
+def test_the_loss_of_desirable_responses_is_multiplied_by_its_weight(weight):
+    x = inputs_of([[0.5, -2.0, 1.0], [-1.0, 9.0, 9.0]], [[True] * 3, [True, False, False]])
+    mismatched = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    own = {"desirable": "positive", "beta": 0.4, "desirable_weight": weight}
+    loss = loss_of("kto", x._replace(mismatched=mismatched), **own)
+    # By hand: 1 - sigmoid of beta l - z, or of z - beta l where it is undesirable.
+    sigmoid = lambda margin: 1 / (1 + np.exp(-margin))
+    z = 0.4 * max(0.0, (0.5 - 1.0) / 2)
+    margins = 0.4 * (x.logps - x.ref_logps)[x.mask].detach().double().numpy() - z
+    parts = [
+        weight * (1 - sigmoid(margins[0])),
+        1 - sigmoid(-margins[1]),
+        weight * (1 - sigmoid(margins[2])),
+        1 - sigmoid(-margins[3]),
+    ]
+    assert loss.item() == pytest.approx(sum(parts) / 4, rel=1e-5)
+
+
+def test_a_weight_of_one_changes_no_bit():
+    x = inputs_of([[0.5, -2.0, 1.0], [-1.0, 9.0, 9.0]])
+    x = x._replace(mismatched=(torch.tensor([-1.0]), torch.tensor([-1.5])))
+    c = config("kto", desirable="positive")
+    (loss,) = OBJECTIVES["kto"].loss(c, x).values()
+    args = (x.logps[x.mask], x.ref_logps[x.mask], x.rewards[x.mask] > 0, *x.mismatched)
+    assert torch.equal(loss, baselines.kto_loss(*args, c.beta))
+
+
+def advice(rewards, **settings):
+    return OBJECTIVES["kto"].advice(config("kto", **settings), rewards)
+
+
+def test_a_weight_is_suggested_where_one_kind_is_rare():
+    many = advice([1.0] * 160 + [-1.0] * 8, desirable="positive")
+    assert "160 responses are desirable and 8 are not" in many
+    assert "--desirable-weight between 0.05 and 0.067" in many and "(here it is 1)" in many
+    few = advice([1.0] * 8 + [-1.0] * 160, desirable="positive")
+    assert "--desirable-weight between 20 and 27" in few
+    for weight in (0.05, 0.06, 0.067):  # 1 to 4/3 times 8 / 160
+        own = {"desirable": "positive", "desirable_weight": weight}
+        assert not advice([1.0] * 160 + [-1.0] * 8, **own)
+    for weight in (0.049, 0.07):
+        own = {"desirable": "positive", "desirable_weight": weight}
+        assert advice([1.0] * 160 + [-1.0] * 8, **own)
+    assert not advice([1.0] * 20 + [-1.0] * 80, desirable="positive")  # a fifth is not rare
+    assert advice([1.0] * 19 + [-1.0] * 81, desirable="positive")
+    assert not advice([1.0] * 20, desirable="positive")
+    # Above the mean of 4.75, where thumbs are not asked for.
+    assert "95 responses are desirable and 5 are not" in advice([5.0] * 95 + [0.0] * 5)
 
 
 def test_best_and_worst_skip_ties_and_empty_slots():

@@ -155,6 +155,132 @@ def test_files_that_no_list_can_be_learnt_from_are_refused(tmp_path, rows, messa
         pool.make_world(c)
 
 
+def news_of(tmp_path, capsys, rows, **settings):
+    """What a run says of its lists before it trains."""
+    settings = {"vocab_size": 400, "data": [write(tmp_path, *rows)], **settings}
+    pool.make_world(resolve(small("unused", **settings)))
+    return capsys.readouterr().out
+
+
+def lists_of(responses, rewards, number=60):
+    return [
+        {"prompt": f"What is {i} like?", "responses": responses, "rewards": rewards}
+        for i in range(number)
+    ]
+
+
+SAME = {  # a list, options of the run, what is said of it
+    "text": (["Fine.", "Fine."], [1, 0], {}, "the same text"),
+    "text of three": (["Fine.", "Bad.", "Fine."], [1, 0, 0], {}, "the same text"),
+    "one text, one reward": (["Fine.", "Fine."], [1, 1], {}, "the same text"),
+    "the space": (["46", " 46"], [1, 0], {}, "the same but for white space"),
+    "truncated": (
+        ["It is a fine day", "It is a fine night"],
+        [1, 0],
+        {"max_response": 2},
+        "the same in --max-response 2 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_lists_of_one_response_are_counted_and_more_than_half_end_the_run(tmp_path, capsys, case):
+    responses, rewards, own, cause = SAME[case]
+    whole = lists_of(["Ay.", "No."], [1, 0], 200)
+    alike = [x | {"prompt": f"And {i}?"} for i, x in enumerate(lists_of(responses, rewards))]
+    said = news_of(tmp_path, capsys, [*whole, *alike[:20]], **own)
+    held = len(data.split(alike[:20])[1])
+    n, total = 20 - held, len(data.split([*whole, *alike[:20]])[0])
+    assert f"{n} of {total} lists hold a response twice with unlike rewards, or no other" in said
+    assert f"no other: {n} {cause}\n" in said
+    with pytest.raises(data.DataError, match=f"of .* lists hold a response twice.*{cause}; g") as e:
+        news_of(tmp_path, capsys, [*alike, *whole[:50]], **own)
+    way = "give a higher --max-response" if own else "give each response one reward, or no list"
+    assert str(e.value).endswith(way)
+
+
+def test_half_of_the_lists_may_be_alike_and_a_list_of_candidates_is_what_is_read(tmp_path, capsys):
+    one, whole = lists_of(["Ay.", "Ay."], [1, 0], 30), lists_of(["Ay.", "No."], [1, 0], 30)
+    held = [x | {"prompt": "Held?"} for x in whole[:1]]
+    own = {"eval_data": [write(tmp_path, *held, name="held.jsonl")]}
+    assert "30 of 60 lists" in news_of(tmp_path, capsys, [*one, *whole], **own)
+    with pytest.raises(data.DataError, match="31 of 61 lists"):
+        news_of(tmp_path, capsys, [*one, *one[:1], *whole], **own)
+    rows = lists_of(["Ay.", "No.", "Ay."], [1, 0, 0], 30)
+    assert "lists hold" not in news_of(tmp_path, capsys, rows, candidates=2, **own)
+
+
+def test_a_response_that_comes_twice_with_one_reward_is_no_news_where_lists_are_not_compared(
+    tmp_path, capsys
+):
+    rows = [*SINGLES, *SINGLES]
+    assert "hold a response" not in news_of(tmp_path, capsys, rows, objective="dro")
+    flipped = [row | {"reward": 1 - row["reward"]} for row in SINGLES]
+    with pytest.raises(data.DataError, match="the same text; give each response one reward"):
+        news_of(tmp_path, capsys, [*SINGLES, *flipped], objective="dro")
+
+
+@pytest.mark.parametrize(
+    "rewards, said",
+    [
+        ([0.0001, 0.0], "differ so little in most lists (their range is 0.0001 in the middle one)"),
+        ([0.009, 0.0], "their softmax is flat"),
+        ([0.011, 0.0], ""),
+        ([4.5, 0.0], ""),
+        ([4.7, 0.0], "differ so much in most lists (their range is 4.7 in the middle one)"),
+        ([900.0, 0.0], "their softmax is one-hot"),
+        ([4.7, 4.7], ""),
+    ],
+)
+def test_rewards_that_a_softmax_makes_flat_or_one_hot_are_said(tmp_path, capsys, rewards, said):
+    rows = lists_of(["Ay.", "No."], rewards)
+    if rewards[0] == rewards[1]:
+        rows[0] = rows[0] | {"rewards": [1, 0]}
+    out = news_of(tmp_path, capsys, rows)
+    assert said in out and ("--reward-norm zscore puts every list" in out) == bool(said)
+    for other in ({"reward_norm": "zscore"}, {"objective": "dpo"}):
+        assert "their softmax" not in news_of(tmp_path, capsys, rows, **other)
+
+
+def test_few_prompts_in_many_lists_say_why_nothing_is_held_out(tmp_path):
+    rows = [lists_of(["Ay.", "No."], [1, 0], 5)[i % 5] for i in range(80)]
+    with pytest.raises(data.DataError, match="80 lists to train on and 0 held out.* of 5 prompts"):
+        pool.make_world(resolve(small("unused", data=[write(tmp_path, *rows)])))
+
+
+def test_files_are_read_in_the_format_and_with_the_threshold_that_are_asked_for(tmp_path):
+    rows = [row | {"votes": i} for i, row in enumerate(SINGLES)]
+    held = [row | {"prompt": "Held?"} for row in rows[:2]]
+    files = {
+        "data": [write(tmp_path, *rows)],
+        "eval_data": [write(tmp_path, *held, name="h.jsonl")],
+    }
+    world = untrained(objective="dro", format="single:votes", **files)[1]
+    assert [e.rewards for e in world.logged] == [[float(i)] for i in range(60)]
+    assert [e.rewards for e in world.heldout] == [[0.0, 1.0]]
+    thumbs = [{"prompt": r["prompt"], "completion": "x", "label": r["votes"]} for r in rows]
+    held = [row | {"prompt": "Held?"} for row in thumbs[:2]]
+    files = {
+        "data": [write(tmp_path, *thumbs)],
+        "eval_data": [write(tmp_path, *held, name="h.jsonl")],
+    }
+    with pytest.raises(data.DataError, match="h?.jsonl:3: the label is 2, expected"):
+        untrained(objective="kto", **files)
+    world = untrained(objective="kto", threshold=0.5, **files)[1]
+    assert [e.rewards[0] for e in world.logged[:3]] == [-1.0, 1.0, 1.0]
+    assert world.heldout[0].rewards == [-1.0, 1.0]
+
+
+def test_a_run_of_kto_says_once_which_weight_its_paper_suggests(tmp_path, capsys):
+    quick = {"steps": 1, "reference_steps": 1}
+    rows = [
+        {"prompt": f"What is {i} like?", "completion": f"Fine {i % 7}.", "label": i % 21 > 0}
+        for i in range(168)
+    ]
+    train.main(small(tmp_path / "run", objective="kto", data=[write(tmp_path, *rows)], **quick))
+    assert capsys.readouterr().out.count("KTO's paper suggests a --desirable-weight") == 1
+
+
 def test_gpt2_explains_itself_offline(tmp_path, monkeypatch):
     def unreachable(name):
         raise ConnectionError("no network")
