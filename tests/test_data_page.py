@@ -95,6 +95,8 @@ def rating(index):
     return {"prompt": prompt, "response": good if index % 2 else bad, "rating": 1 + index % 2 * 3}
 
 
+# The reward in the README.
+MINE = re.search(r"```python\n(KIND = .*?)```", (ROOT / "README.md").read_text(), re.S)[1]
 FILES = {
     "hh/train.jsonl.gz": [hh(i) for i in range(60)],
     "hh/test.jsonl.gz": [hh(i) for i in range(60, 70)],
@@ -102,16 +104,18 @@ FILES = {
     "ultrafeedback/b.jsonl": [ultrafeedback(i) for i in range(30, 60)],
     "thumbs.jsonl": [thumb(i) for i in range(100)],
     "ratings.csv": [rating(i) for i in range(60)],
+    "ponds.jsonl": [rating(i) for i in range(60)],
 }
 SAID = [
     ["hh/train.jsonl.gz: Anthropic HH transcripts, 60 prompts, 120 responses; best of"],
     ["ultrafeedback/a.jsonl: UltraFeedback lists, 30 prompts, 120 resp", "ultrafeedback/b.jsonl: "],
     ["thumbs.jsonl: thumbs up or down, 100 prompts, 100 responses; record 1: 'Soup,"],
     ["ratings.csv: single responses, 60 prompts, 60 responses; record 1: 'Soup, calm!' earns 1"],
+    ["ponds.jsonl: single responses, 60 prompts", "pool 10/10: ", "best_of_8_reward"],
 ]
 
 
-@pytest.mark.parametrize("command, said", zip(COMMANDS, SAID, strict=True))
+@pytest.mark.parametrize("command, said", list(zip(COMMANDS, SAID, strict=True)))
 def test_a_command_runs_on_a_made_up_file(tmp_path, monkeypatch, capsys, command, said):
     monkeypatch.chdir(tmp_path)
     for name, rows in FILES.items():
@@ -125,8 +129,9 @@ def test_a_command_runs_on_a_made_up_file(tmp_path, monkeypatch, capsys, command
                 table.writerows(rows)
             else:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-    small = {k: v for k, v in SMALL.items() if k not in ("task", "evolve", "eval_samples")}
-    small |= {"steps": 4, "reference_steps": 4, "vocab_size": 300, "device": "cpu"}
+    (tmp_path / "mine.py").write_text(MINE)
+    small = {k: v for k, v in SMALL.items() if k not in ("task", "evolve")}
+    small |= {"steps": 10, "reference_steps": 4, "vocab_size": 300, "device": "cpu"}
     extra = [w for k, v in small.items() for w in ("--" + k.replace("_", "-"), str(v))]
     metrics = train.main(command_line(shlex.split(command)[1:] + extra))
     assert math.isfinite(metrics["kl"])
