@@ -3,8 +3,11 @@
 import base64
 import hashlib
 import random
+import sys
+from functools import partial
 from itertools import product
 
+import bpe_speed
 import oracle
 import pytest
 import torch
@@ -80,6 +83,79 @@ def test_bpe_equals_the_naive_loop_on_random_texts(texts):
     assert list(data.train_bpe(texts, 300).items()) == list(
         oracle.naive_bpe(texts, 300, data.SPLIT).items()
     )
+
+
+ALPHABETS = ["a", "ab", "aaab ", "abcd. ", "éè日本 ", "🙂🙃a\n", "0_ -\t"]  # ties, runs, long bytes
+
+
+@settings(quickly, max_examples=200)
+@given(
+    texts=st.lists(
+        st.sampled_from(ALPHABETS).flatmap(lambda x: st.text(x, max_size=150)), max_size=3
+    ),
+    times=st.integers(1, 3),
+    size=st.sampled_from([257, 258, 263, 290, 400]),
+)
+def test_bpe_equals_the_naive_loop_on_runs_and_on_other_scripts(texts, times, size):
+    texts = texts * times  # words that occur more than once
+    assert list(data.train_bpe(texts, size).items()) == list(
+        oracle.naive_bpe(texts, size, data.SPLIT).items()
+    )
+
+
+def test_bpe_equals_the_naive_loop_on_longer_texts():
+    texts = [bpe_speed.english_like(6_000, kinds=300)[0], bpe_speed.chinese_like(1, kinds=30)[0]]
+    for text in (*texts, "".join(random.Random(0).choices("ab", k=3000))):
+        assert list(data.train_bpe([text], 400).items()) == list(
+            oracle.naive_bpe([text], 400, data.SPLIT).items()
+        )
+
+
+def steps_of(function, most):
+    """Lines, turns of comprehensions, calls and returns of Python code; fails after `most`."""
+    steps, before = 0, sys.gettrace()
+
+    def trace(frame, event, arg):
+        nonlocal steps
+        steps += 1
+        assert steps <= most, f"more than {most} steps"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return steps
+
+
+LONG_WORDS = {
+    "letters": "".join(random.Random(0).choices("etaoinshrdlucmfw", k=16_000)),
+    "one letter": "a" * 16_000,
+    "a word again and again": "abcdefg" * 2_000,
+    "white space": " " * 16_000,
+    "Chinese without a space": bpe_speed.chinese_like(9_000)[0],
+    "Chinese": "".join(bpe_speed.chinese_like(27_000)),
+}
+
+
+@pytest.mark.parametrize("case", LONG_WORDS)
+def test_bpe_takes_a_like_number_of_steps_a_byte_in_a_word_of_any_length(case):
+    """About 30; a pass over the word, or over all pairs, at every join would take thousands."""
+    text = LONG_WORDS[case]
+    for part in (text[: len(text) // 8], text):
+        size = len(part.encode())
+        for vocab_size in (512, 4096):
+            steps_of(partial(data.train_bpe, [part], vocab_size), most=60 * size)
+
+
+def test_the_table_of_speeds_has_two_rows_for_each_text_and_size(capsys):
+    texts = [("letters", partial(bpe_speed.english_like, kinds=50), 0.001, 2)]
+    bpe_speed.main(sizes=(257, 300), texts=texts)
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
+    assert [(row[0], row[2], "(2.3)" in row) for row in rows] == [
+        ("letters", size, growth) for size in ("257", "300") for growth in (False, True)
+    ]
 
 
 def test_bpe_stops_where_no_pair_occurs_twice_and_reads_no_more_than_it_may():
