@@ -690,10 +690,17 @@ CASES = {  # format -> (rows of a file, Records)
             {"chosen": ASKED + " Yes.", "rejected": "\n\nHuman: Is it?\n\nAssistant: No."},
             {"chosen": "Yes.", "rejected": ASKED + " No."},
             {"chosen": ASKED + " Yes.", "rejected": ASKED},
+            {
+                "chosen": f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant: Very.",
+                "rejected": f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant: Eh.",
+            },
         ],
         [
             record_of(ASKED, [" Yes, very.", " Soup."], [1.0, 0.0]),
             record_of(ASKED, [" Yes."], [1.0]),
+            record_of(
+                f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant:", [" Very.", " Eh."], [1.0, 0.0]
+            ),
         ],
     ),
     "alpaca": (
