@@ -241,6 +241,13 @@ def test_a_long_value_is_shown_by_its_beginning_and_its_end():
     assert cut == 40 * "a" + " ... " + 35 * "b" and len(cut) == 80
 
 
+def test_a_cause_is_cut_at_200_characters_and_a_path_to_what_is_left():
+    assert str(parts.fault("a.jsonl", 7, "x" * 201)) == f"a.jsonl:7: {'x' * 100} ... {'x' * 95}"
+    assert str(parts.fault("a.jsonl", 7, "x" * 200)) == f"a.jsonl:7: {'x' * 200}"
+    message = str(parts.fault("/a/" + "b" * 400, 12, "x" * 201))
+    assert message.startswith("/a/bbb") and ":12: xxx" in message and len(message) == 300
+
+
 def test_a_file_without_records_or_that_cannot_be_read_is_named(tmp_path):
     assert error(write(tmp_path)).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
     assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
