@@ -241,6 +241,13 @@ def test_a_long_value_is_shown_by_its_beginning_and_its_end():
     assert cut == 40 * "a" + " ... " + 35 * "b" and len(cut) == 80
 
 
+def test_a_cause_is_cut_at_200_characters_and_a_path_to_what_is_left():
+    assert str(parts.fault("a.jsonl", 7, "x" * 201)) == f"a.jsonl:7: {'x' * 100} ... {'x' * 95}"
+    assert str(parts.fault("a.jsonl", 7, "x" * 200)) == f"a.jsonl:7: {'x' * 200}"
+    message = str(parts.fault("/a/" + "b" * 400, 12, "x" * 201))
+    assert message.startswith("/a/bbb") and ":12: xxx" in message and len(message) == 300
+
+
 def test_a_file_without_records_or_that_cannot_be_read_is_named(tmp_path):
     assert error(write(tmp_path)).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
     assert error(write(tmp_path, "", " ")).startswith(f"{tmp_path / 'lists.jsonl'}:1: no record")
@@ -690,10 +697,17 @@ CASES = {  # format -> (rows of a file, Records)
             {"chosen": ASKED + " Yes.", "rejected": "\n\nHuman: Is it?\n\nAssistant: No."},
             {"chosen": "Yes.", "rejected": ASKED + " No."},
             {"chosen": ASKED + " Yes.", "rejected": ASKED},
+            {
+                "chosen": f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant: Very.",
+                "rejected": f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant: Eh.",
+            },
         ],
         [
             record_of(ASKED, [" Yes, very.", " Soup."], [1.0, 0.0]),
             record_of(ASKED, [" Yes."], [1.0]),
+            record_of(
+                f"{ASKED} Yes.\n\nHuman: And wet?\n\nAssistant:", [" Very.", " Eh."], [1.0, 0.0]
+            ),
         ],
     ),
     "alpaca": (

@@ -250,14 +250,14 @@ def test_few_prompts_in_many_lists_say_why_nothing_is_held_out(tmp_path):
 
 def test_files_are_read_in_the_format_and_with_the_threshold_that_are_asked_for(tmp_path):
     rows = [row | {"votes": i} for i, row in enumerate(SINGLES)]
-    held = [row | {"prompt": "Held?"} for row in rows[:2]]
+    held = [row | {"prompt": "Held?"} for row in rows[2:4]]
     files = {
         "data": [write(tmp_path, *rows)],
         "eval_data": [write(tmp_path, *held, name="h.jsonl")],
     }
     world = untrained(objective="dro", format="single:votes", **files)[1]
     assert [e.rewards for e in world.logged] == [[float(i)] for i in range(60)]
-    assert [e.rewards for e in world.heldout] == [[0.0, 1.0]]
+    assert [e.rewards for e in world.heldout] == [[2.0, 3.0]]
     thumbs = [{"prompt": r["prompt"], "completion": "x", "label": r["votes"]} for r in rows]
     held = [row | {"prompt": "Held?"} for row in thumbs[:2]]
     files = {
