@@ -248,7 +248,7 @@ def tokenize(
         lines of news, such as the shares that were truncated.
     """
     examples, spaced, long_prompts, long_responses, total = [], 0, 0, 0, 0
-    doubled, ended = 0, Counter()
+    doubled, ended, eos = 0, Counter(), enc.eot_token
     for record in records:
         prompt_ids = enc.encode_ordinary(record["prompt"])
         if max_prompt and len(prompt_ids) > max_prompt:
@@ -261,7 +261,8 @@ def tokenize(
                 ended[next(mark for mark in END_MARKS if text.endswith(mark))] += 1
             if not record["prompt"][-1:].isspace() and not text[:1].isspace():
                 text, spaced = " " + text, spaced + 1
-            ids = enc.encode_ordinary(text) + [enc.eot_token]
+            ids = enc.encode_ordinary(text)
+            ids.append(eos)
             if max_response and len(ids) > max_response:
                 ids, long_responses = ids[:max_response], long_responses + 1
             response_ids.append(ids)
