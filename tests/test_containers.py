@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import sys
 import types
 
@@ -190,7 +191,11 @@ def test_an_encoding_is_named_at_the_line_where_it_shows(tmp_path):
 
 def test_a_pipe_a_folder_and_a_name_of_a_hub_are_answered_and_not_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
+    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for the pipe"))
+    signal.alarm(10)
     assert "1: a pipe or a device, expected a file; - is standard input" in error(tmp_path / "pipe")
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
     assert f"1: a folder, expected files, as {tmp_path}/*.jsonl" in error(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("anthropic/hh-rlhf", "hf://datasets/x/y", "https://example.org/x"):

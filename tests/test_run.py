@@ -785,7 +785,7 @@ ALIKE = [{**row, "rewards": [1.0] * len(row["rewards"])} for row in LISTS]
         (
             [{**row, "label": "up"} for row in THUMBS],
             {"objective": "kto"},
-            "'label' is 'up', expected true or false",
+            "the label is 'up', expected true or false",
         ),
     ],
 )
