@@ -1,4 +1,4 @@
-"""Exercise 9 (predict, then run, 25 minutes): a value network that has memorised its prompts.
+"""Exercise 9 (predict, then run, 30 minutes): a value network that has memorised its prompts.
 
 DRO makes a residual small, for every response y_j of every prompt x (exercise 8):
 
