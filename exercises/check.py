@@ -200,7 +200,7 @@ def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, 
     states, index = {}, 0
     while True:
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
-            return states, "it did not end within LIMIT s: an endless loop? Or was the machine busy?"
+            return states, "it did not end within LIMIT s: an endless loop? A busy machine?"
         try:
             word, content = receiver.recv()
         except (EOFError, OSError):

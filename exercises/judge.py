@@ -107,7 +107,10 @@ def same(
     def near(numbers):
         numbers = np.asarray(numbers, float)
         return numbers.shape == value.shape and np.allclose(
-            value, numbers, rtol=0, atol=size  # nan is not near to nan: it has many causes
+            value,
+            numbers,
+            rtol=0,
+            atol=size,  # nan is not near to nan: it has many causes
         )
 
     if near(expected):
@@ -164,7 +167,7 @@ def odd_number(given: dict[str, Any], whole: Sequence[str]) -> str:
 
 
 def inputs(function: FunctionType, given: tuple, named: dict[str, Any]) -> str:
-    """What a function is called with, "rest = 0.1, T = 2.0": numbers, and the shapes of large tensors.
+    """What a function is called with, "rest = 0.1, T = 2.0"; of large tensors their shapes.
 
     Returns: empty where there are none, or the function takes other arguments.
     """

@@ -39,8 +39,8 @@ def wrong_probs(logps, mask, T):
         "padded slots take part as log-prob 0: they need -inf before the softmax": padded,
         "padded slots are zeroed after the softmax: P no longer sums to 1": zeroed(padded, mask),
         "padded slots take part, with whatever they hold: they need -inf before the softmax": junk,
-        "padded slots are zeroed after the softmax, and what they hold is in its sum: they need -inf"
-        " before it": zeroed(junk, mask),
+        "padded slots are zeroed after the softmax, and what they hold is in its sum: they"
+        " need -inf before it": zeroed(junk, mask),
         "log P, not P": np.log(probs(logps, mask, T)),
         "exp(s / T) without its sum over the list below it": zeroed(np.exp(logps / T), mask),
         "s divided by its sum, without exp": shares,

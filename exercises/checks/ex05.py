@@ -179,9 +179,7 @@ def large_temperatures(answer):
             "1/M is missing: it is what P_j tends to": right * M,
             "the sign is turned: the loss is the negative of the expected reward": -right,
             "without the mean: sum_m P_m R_m tends to the list's mean and is subtracted": -R / M,
-            "the mean of the others: sum_m P_m R_m has R_j in it as well": (
-                -(R - others) / M
-            ),
+            "the mean of the others: sum_m P_m R_m has R_j in it as well": (-(R - others) / M),
             "the sum of all rewards is subtracted: each has P_m, 1/M, as a factor": (
                 -(R - mean * M) / M
             ),
