@@ -14,8 +14,8 @@ Algorithm 1 prints a loss for each (logps is log pi(y|x)):
     value    1/2 (r - tau l - V)^2          the policy held fixed
 
 One factor in these two lines is wrong. Find it: differentiate L of one response in logps (l moves
-as logps does), multiply by 1/tau, and compare with the derivative of the policy's line. Write
-`losses` with the right factor in its place:
+as logps does), multiply by 1/tau, and compare with the derivative of the policy's line: each is a
+term in r - V and a term in l. Write `losses` with the right factor in its place:
 
     logps, ref_logps [N]   log-probabilities of N responses, sums over tokens
     rewards          [N]   r

@@ -23,11 +23,12 @@ learnt; V alone is trained, for as long as you like, on the same responses again
    Predictions are not graded for being right; what is true is shown to you after.
 2. Write the three functions. B prompts, M responses each:
        rewards, ratios [B, M]; ratios are l; values [B] is V(x), or [B, M] for a V that sees y
-3. Run it: give the settings of a run in which V memorises. The task "tiny" asks for one to three
-   words that fit a thing, and rewards each that does; it has 60 prompts to train on. The checker
-   makes the run, some seconds, and reads residual/rms of the training batches, and
-   residual/within_prompt of held-out prompts, each with eight new samples of the policy. The first
-   must fall to less than half of what it began with, the second must not: so one sees it in a log.
+3. Run it: give the settings of a run in which V memorises. (Which of the three above is it? V sees
+   the prompt alone.) The task "tiny" asks for one to three words that fit a thing, and rewards each
+   that does; it has 60 prompts to train on. The checker makes the run, some seconds, and reads
+   residual/rms of the training batches, and residual/within_prompt of held-out prompts, each with
+   eight new samples of the policy. The first must fall to less than half of what it began with, the
+   second must not: so one sees it in a log.
 
 A worked example. One prompt, r = (1, 3), l = (0, 0), tau = 1, V = 2: delta = (-1, 1), rms = 1,
 within_prompt = 1. With V = 0: delta = (1, 3), rms = sqrt 5 = 2.236, and within_prompt still 1.

@@ -177,7 +177,7 @@ def inputs(function: FunctionType, given: tuple, named: dict[str, Any]) -> str:
         return ""
     words = []
     for name, value in named.items():
-        if isinstance(value, torch.Tensor) and value.numel() > 12:
+        if isinstance(value, torch.Tensor) and value.numel() > 7:
             words.append(f"{name} {list(value.shape)}")
         elif isinstance(value, (torch.Tensor, int, float, str)):
             words.append(f"{name} = {shown(value)}")

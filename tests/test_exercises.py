@@ -307,6 +307,12 @@ def test_the_report_is_what_autograders_read(tmp_path, capsys):
     assert "exercise 7" in capsys.readouterr().out
 
 
+def test_all_exercises_end_with_their_sum(monkeypatch, capsys):
+    monkeypatch.setattr(check, "NUMBERS", (1, 7))
+    assert check.main(["all"]) == 1
+    assert capsys.readouterr().out.endswith("all exercises: 0 of 20 points\n")
+
+
 def test_the_lines_of_a_message_begin_alike_in_the_report(tmp_path):
     results, _ = checked(2, answer_with(tmp_path, "def candidate_probs(*x): return 1.0"))
     (output, *_) = (test["output"] for test in check.report_of({2: results})["tests"])
