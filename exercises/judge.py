@@ -179,7 +179,9 @@ def inputs(function: FunctionType, given: tuple, named: dict[str, Any]) -> str:
     for name, value in named.items():
         if isinstance(value, torch.Tensor) and value.numel() > 7:
             words.append(f"{name} {list(value.shape)}")
-        elif isinstance(value, (torch.Tensor, int, float, str)):
+        elif isinstance(value, (torch.Tensor, int, float)) or (
+            isinstance(value, str) and value.isidentifier()  # and no path
+        ):
             words.append(f"{name} = {shown(value)}")
     return shown(", ".join(words))
 

@@ -333,7 +333,7 @@ def compared(axes):
         for across, _ in own:
             if [str(x) for x in across] in (["1", "2", "4", "8"], ["1.0", "2.0", "4.0", "8.0"]):
                 cause = "T is across: the length is asked for, and a curve for each T"
-                raise Wrong(f"curves over {list(LENGTHS)}", f"curves over {list(across)}", cause)
+                raise Wrong(f"curves over {list(LENGTHS)}", "curves over [1, 2, 4, 8]", cause)
         if len(own) != 4 or any(len(up) != 4 for _, up in own):
             cause = "a curve for each T of 1, 2, 4, 8, with a point for each length"
             raise Wrong("four curves of four points on each side", found, cause)
@@ -348,7 +348,7 @@ def compared(axes):
             cause = "the mean largest P of 500 lists, from your scores and largest_prob"
             if np.ptp(own, -1).max() < 1e-6:
                 cause = f"every curve of it is the same at all lengths, are they drawn? {cause}"
-            at = "at 5 and at 128 tokens, T from the highest to the lowest: "
+            at = "at 5 and at 128 tokens, T from 1 to 8: "
             ends = [f"{at}{x[::-1, 0].round(2)} and {x[::-1, 3].round(2)}" for x in (other, own)]
             raise Wrong(f"{where}: {ends[0]}", ends[1], cause)
 
