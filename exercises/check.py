@@ -38,7 +38,7 @@ from exercises.judge import UNKNOWN, Property, Watched, Wrong
 
 FOLDER = Path(__file__).resolve().parent
 NUMBERS = range(1, 11)
-SECONDS = 60.0  # for all properties of an exercise
+SECONDS = dict.fromkeys(NUMBERS, 60.0) | {10: 180.0}  # for all properties of an exercise
 
 
 class Result(NamedTuple):
@@ -111,7 +111,7 @@ def run_answer(
 
 def try_property(item: Property, answer: Watched, path: Path, failed: list[str]) -> tuple[str, str]:
     """(state, message) of a property; failed: the names of those that don't hold."""
-    answer.changed.clear()
+    answer.forget()
     try:
         with np.errstate(all="ignore"):  # mistakes are computed too, from nan and inf
             item.holds(answer)
@@ -120,9 +120,9 @@ def try_property(item: Property, answer: Watched, path: Path, failed: list[str])
     except Wrong as e:
         first = [name for name in item.after if name in failed]
         if first and e.cause == UNKNOWN:
-            return "wrong", f'  mend "{first[0]}" first: this asks the same function'
-        cause = f"\n  likely    {e.cause}" if e.cause else ""
-        return "wrong", f"  expected  {e.expected}\n  got       {e.got}{cause}"
+            return "wrong", f'  mend "{first[0]}" first: this asks the same function, or needs it'
+        parts = {"given": answer.given, "expected": e.expected, "got": e.got, "likely": e.cause}
+        return "wrong", "\n".join(f"  {name:9} {text}" for name, text in parts.items() if text)
     except BaseException as e:
         return "wrong", "  " + failure(e, path)
     if answer.changed:  # no points are lost by it, as the numbers are right
@@ -153,13 +153,14 @@ def failure(error: BaseException, path: Path) -> str:
 
 
 def check(
-    number: int, path: Path | None = None, checks: Path | None = None, limit: float = SECONDS
+    number: int, path: Path | None = None, checks: Path | None = None, limit: float | None = None
 ) -> tuple[list[Result], str]:
     """Results of every property of an exercise, and what the answer printed.
 
     Args: path: the answer (default: the student's file); checks: the folder of the properties;
-        limit: seconds for all of them.
+        limit: seconds for all of them (default: of SECONDS).
     """
+    limit = limit or SECONDS[number]
     path = (path or answer_path(number)).resolve()
     source = (checks or FOLDER / "checks") / f"ex{number:02}.py"
     properties = load(source, f"checks_{number}")
@@ -199,7 +200,7 @@ def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, 
     states, index = {}, 0
     while True:
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
-            return states, "it did not end within LIMIT s: an endless loop?"
+            return states, "it did not end within LIMIT s: an endless loop? A busy machine?"
         try:
             word, content = receiver.recv()
         except (EOFError, OSError):
@@ -218,7 +219,7 @@ def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, 
 def lines_of(number: int, results: list[Result], printed: str) -> list[str]:
     """What a student reads."""
     title = answer_path(number).stem.partition("_")[2].replace("_", " ")
-    most, score = sum(r.points for r in results), score_of(results)
+    most, score = most_of(results), score_of(results)
     if all(r.state == "not started" for r in results):
         return [f"exercise {number}, {title}: not started (0 of {most} points)"]
     lines = [f"exercise {number}, {title}: {score} of {most} points"]
@@ -241,6 +242,11 @@ def lines_of(number: int, results: list[Result], printed: str) -> list[str]:
 def score_of(results: list[Result]) -> int:
     """Points that were earned."""
     return sum(r.points for r in results if r.state == "passed")
+
+
+def most_of(results: list[Result]) -> int:
+    """Points that can be earned."""
+    return sum(r.points for r in results)
 
 
 def report_of(checked: dict[int, list[Result]]) -> dict:
@@ -297,6 +303,9 @@ def main(argv: list[str] | None = None) -> int:
         results, printed = check(number, given.file, given.checks)
         checked[number] = results
         print("\n".join(lines_of(number, results, printed)), flush=True)
+    if len(checked) > 1:
+        earned, most = sum(map(score_of, checked.values())), sum(map(most_of, checked.values()))
+        print(f"all exercises: {earned} of {most} points")
     if given.report:
         given.report.write_text(json.dumps(report_of(checked), indent=1) + "\n")
     return int(any(r.state != "passed" for results in checked.values() for r in results))

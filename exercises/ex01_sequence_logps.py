@@ -15,7 +15,8 @@ Write `sequence_logps` below. B texts, each T tokens long, V tokens in the vocab
     ids    [B, T]      a text: prompt, response, EOS, padding (any id below V in the padding)
     mask   [B, T]      bool, True on the response's tokens, EOS included
 
-    Returns: [B], in nats, float32 even where the logits are bfloat16.
+    Returns: [B], in nats, float32 even where the logits are bfloat16. It is to be trained with: the
+    gradient goes to the logits.
 
 A worked example. V = 3, one text of T = 3 tokens: prompt 0, response 1 and then 2, which is EOS.
 The logits after the prompt are log(0.2, 0.5, 0.3), and after the 1 they are log(0.1, 0.1, 0.8). So

@@ -11,7 +11,8 @@ On paper, find d loss / d s_j. Every s_j is in every P_m, so start with the deri
 
     d P_m / d s_j = (1/T) P_m (1 - P_j)  for m = j,     - (1/T) P_m P_j  for m other than j
 
-Put it into the sum, take P_j out, and what is left is short. Write that. Autograd is refused here.
+Put it into the sum over m: P_j / T is a factor of every term. Take it out, and what is left in the
+bracket is short. Write that. Autograd is refused here.
 
     logps   [B, M]   s, in nats
     rewards [B, M]   R, used as given
@@ -30,12 +31,14 @@ Then three questions on what you found:
                       Why is that so in every list? One of the strings in REASONS.
     one_hot_grad      P = (1 - rest, rest, 0) and R = (0, 1, 2): the model is almost sure of the
                       worst response, and the best one has no P at all. What is the gradient, three
-                      numbers, as a formula in rest and T? Which response does a step raise? And
-                      what is left at rest = 0, where P is one-hot? One number to check yours with:
-                      at rest = 1/2 and T = 1 the first of the three is 1/4.
+                      numbers, as a formula in rest and T? One number to check yours with: at
+                      rest = 1/2 and T = 1 the first of the three is 1/4. Then, for yourself:
+                      which response does a step raise, and what is left at rest = 0, where P is
+                      one-hot?
     mean_score_grad   Some score a response by its mean over its n_j tokens: s_j / n_j stands in
                       Eq. 4 in the place of s_j. What is d loss / d s_j now, s still being the sums?
-                      (lengths [B, M] are the n_j, at least 1 in every slot.)
+                      (lengths [B, M] are the n_j, at least 1 in every slot. One line: lire_grad
+                      of other arguments, and the chain rule.)
 
     python -m exercises.check 3
 """

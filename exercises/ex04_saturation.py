@@ -18,14 +18,19 @@ never above 0, and a few drawn ones are: the model is a rough one. Do not clamp 
     lists              N, how many lists are drawn
     how                "sum" or "mean", over a response's tokens
     generator          all random numbers come from it (torch.randn(..., generator=generator))
-    scores  -> [N, M]  every response of every list with draws of its own
+    scores  -> [N, M]  every response of every list with draws of its own (draw as many tokens
+                       for all as the longest has, and torch.where leaves the rest out)
     largest_prob  -> the mean over lists of the largest P
     shortest_wins -> the share of lists whose largest P is that of the response of fewest tokens
 
 3. `draw` a picture, with matplotlib: across, the length (5, 20, 50 and 128 tokens, all 8 alike);
    up, the mean largest P of 500 lists, a curve in a colour of its own for each T of 1, 2, 4, 8;
    sums on the left, means on the right. Import matplotlib inside of `draw`: where it is not
-   installed, this part is left out. To look at it, in picture.png:
+   installed, this part is left out. The frame of it is
+       figure, (left, right) = plt.subplots(1, 2, sharey=True)    plt: matplotlib.pyplot
+       left.plot(lengths, heights)                                a curve; right.plot too
+       figure.savefig(path)
+   and to look at it, in picture.png:
        python -c "from exercises.ex04_saturation import draw; draw('picture.png')"
 
 A worked example. Scores of two lists, (0, 2) and (6, 5), T = 2: the largest P is e / (1 + e) =

@@ -31,8 +31,8 @@ response's first token:
 For token_logps = (-3, -1, -2, -4) and starts = 1 it returns -6; by hand it is -1 - 2 - 4 = -7. Now
 change one input at a time: with -100 in the place of -1 it is still -6. So this token, the first of
 the response, does not count: `>` has to be `>=`, the bug is "first response token dropped". That is
-the way to all six: a small input, the result by hand, and then look at which inputs matter, at
-shapes, at a second call, and at what became of the inputs.
+the way to all six: a small input, the result by hand, and then look at which inputs matter (A, B
+and C), at what became of the inputs (D), at a second call (E), and at shapes (F).
 
     python -m exercises.check 6
 """
@@ -69,7 +69,7 @@ BUG_F: str | None = None
 
 
 def program_a(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """SFT's loss, a scalar: the mean of -log-prob over all response tokens of the batch."""
+    """Supervised fine-tuning's loss, a scalar: the mean of -log-prob over all response tokens."""
     targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)  # cross_entropy gives 0 where -100 stands
     scores = logits[:, :-1].flatten(0, 1)  # [B * (T - 1), V]
     losses = cross_entropy(scores, targets.flatten(), reduction="none")
@@ -79,7 +79,8 @@ def program_a(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 def program_b(token_logps: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
     """log pi(y|x) [B]. The padding is EOS too, as often; no prompt contains it.
 
-    starts [B] is the place of each response's first token. A response that was cut off has no EOS.
+    starts [B] is the place of each response's first token. A response that was cut off has no EOS,
+    and it ends with the row. (cumsum(-1) of ids == EOS counts those up to each place.)
     """
     place = torch.arange(ids.shape[1])  # [T]
     begun = place >= starts[:, None]

@@ -21,7 +21,7 @@ Stay in log space: with tau = 0.01, exp(r / tau) of r = 5 is infinite, log pi* i
 
 A worked example. pi_ref = (.5, .3, .2), r = (1, 0, -1), tau = 2:
     exp(r / tau) = (1.6487, 1, .6065)
-    sum_y pi_ref exp(r / tau) = .8244 + .3 + .1213 = 1.2457,   V* = 2 log of it = .4394
+    sum_y pi_ref exp(r / tau) = .8244 + .3 + .1213 = 1.2457,   V* = 2 log of it = .4393
     pi* = (.8244, .3, .1213) / 1.2457 = (.6618, .2408, .0974)
 
 Then think, without a new sum over responses. What happens to V* and to log pi*

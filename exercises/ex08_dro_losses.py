@@ -14,8 +14,8 @@ Algorithm 1 prints a loss for each (logps is log pi(y|x)):
     value    1/2 (r - tau l - V)^2          the policy held fixed
 
 One factor in these two lines is wrong. Find it: differentiate L of one response in logps (l moves
-as logps does), multiply by 1/tau, and compare with the derivative of the policy's line. Write
-`losses` with the right factor in its place:
+as logps does), multiply by 1/tau, and compare with the derivative of the policy's line: each is a
+term in r - V and a term in l. Write `losses` with the right factor in its place:
 
     logps, ref_logps [N]   log-probabilities of N responses, sums over tokens
     rewards          [N]   r
@@ -23,15 +23,15 @@ as logps does), multiply by 1/tau, and compare with the derivative of the policy
     tau                    > 0
 
     Returns: (policy losses [N], value losses [N]), one a response, no mean. The gradient of the
-    first reaches logps alone, that of the second values alone: what is held fixed is detached, and
-    ref_logps and rewards are data.
+    first reaches logps alone, that of the second values alone: what is held fixed is detached
+    (x.detach()), and ref_logps and rewards are data.
 
-A worked example. tau = .5, N = 2:
+A worked example. tau = .4, N = 2:
     logps = (-3, -5), ref_logps = (-3.5, -4.2), r = (1, -.5), V = (.2, .1)
-    l = (.5, -.8), residuals r - V - tau l = (.55, -.2)
-    value losses (.55^2 / 2, .2^2 / 2) = (.1513, .02); the gradient of their mean in V: (-.275, .1)
-    policy losses (2.4625, -2.84); the gradient of their mean in logps: (-.275, .1); as printed it
-    is (-.15, -.1)
+    l = (.5, -.8), residuals r - V - tau l = (.6, -.28)
+    value losses (.6^2 / 2, .28^2 / 2) = (.18, .0392); the gradient of their mean in V: (-.3, .14)
+    policy losses (2.45, -2.872); the gradient of their mean in logps: (-.3, .14); as printed it is
+    (-.15, -.1)
 
 Does it matter? Take one prompt with three responses, pi_ref = (.5, .3, .2), r = (1, 0, -1), and
 mu = pi_ref. The policy is the softmax of three logits, V is one number. They start at log pi_ref
@@ -42,8 +42,8 @@ pi and V on the way. Read it, and run it from the folder of the repository:
     python -m exercises.ex08_dro_losses 0.1 0.5      tau, and the number before l^2
 
 Two ends to compare with, tau = .1: the right number ends at (1.0000, .0000, .0000), which is pi*,
-and 1/2 at (.7547, .1942, .0511). Now run your number at tau = .5 and 2, and 1/2 at .5 and 5. Look
-at V too: does it come to rest? Then answer, the last three with strings of ENDS:
+and 1/2 at (.7547, .1942, .0511). Now run your number at tau = 2, and 1/2 at .5 and 5. Look at V
+too: does it come to rest? Then answer, the last three with strings of ENDS:
 
     AGREE_AT_TAU      the only tau at which your number and 1/2 end at the same policy
     DERIVED_AT_TWO    where your number ends at tau = 2 (exercise 7's example has its pi*)

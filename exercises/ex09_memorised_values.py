@@ -1,4 +1,4 @@
-"""Exercise 9 (predict, then run, 25 minutes): a value network that has memorised its prompts.
+"""Exercise 9 (predict, then run, 30 minutes): a value network that has memorised its prompts.
 
 DRO makes a residual small, for every response y_j of every prompt x (exercise 8):
 
@@ -9,6 +9,7 @@ A log of a run has two numbers about it:
     residual/rms             the root of the mean of delta^2, over all responses
     residual/within_prompt   the root of the mean over prompts of the variance of delta within a
                              prompt: V(x) is the same for all responses of a prompt, so it cancels
+                             (both times the root comes last, once for all prompts)
 
 Three runs in your head. In all of them the policy stays what it was, l = 0, so nothing has been
 learnt; V alone is trained, for as long as you like, on the same responses again and again.
@@ -22,11 +23,12 @@ learnt; V alone is trained, for as long as you like, on the same responses again
    Predictions are not graded for being right; what is true is shown to you after.
 2. Write the three functions. B prompts, M responses each:
        rewards, ratios [B, M]; ratios are l; values [B] is V(x), or [B, M] for a V that sees y
-3. Run it: give the settings of a run in which V memorises. The task "tiny" asks for one to three
-   words that fit a thing, and rewards each that does. The checker makes the run, some seconds, and
-   reads residual/rms of the training batches and residual/within_prompt of held-out prompts with
-   eight samples each. The first must fall to less than half, and the second must not: this is how
-   one sees it in a log.
+3. Run it: give the settings of a run in which V memorises. (Which of the three above is it? V sees
+   the prompt alone.) The task "tiny" asks for one to three words that fit a thing, and rewards each
+   that does; it has 60 prompts to train on. The checker makes the run, some seconds, and reads
+   residual/rms of the training batches, and residual/within_prompt of held-out prompts, each with
+   eight new samples of the policy. The first must fall to less than half of what it began with, the
+   second must not: so one sees it in a log.
 
 A worked example. One prompt, r = (1, 3), l = (0, 0), tau = 1, V = 2: delta = (-1, 1), rms = 1,
 within_prompt = 1. With V = 0: delta = (1, 3), rms = sqrt 5 = 2.236, and within_prompt still 1.
@@ -65,10 +67,12 @@ def settings() -> dict:
     """Of the run, with what holds where it is not set:
 
     candidates  8      responses a prompt, at least 1
-    evolve      1      1: samples of the reference, drawn once; 0: logged responses
-    iterate     1      passes over them; the steps stay, so more passes are over fewer responses
+    evolve      1      how often the policy samples anew, 1: once, before it learns; 0: never, the
+                       responses are then those that come logged with the task
+    iterate     1      passes over the prompts. The steps stay, of 16 prompts each: only where steps
+                       x 16 / iterate is below the 60 prompts are fewer of them read, more often
     steps       120    at most 400
-    lr          1e-3   of the policy, > 0: a policy that stays has a tiny one
+    lr          1e-3   of the policy, > 0: a policy that stays has a tiny one, at most 1e-5
     value_lr    None   of V, > 0; None: the same as lr
     """
     raise NotImplementedError("exercise 9: the settings of a run")

@@ -13,6 +13,7 @@ either, the student is sent there: whoever mends a value often mends its gradien
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
@@ -41,7 +42,8 @@ class Wrong(Exception):
         self.expected, self.got, self.cause = shown(expected), shown(got), cause
 
 
-UNKNOWN = "no usual mistake gives these numbers: go through the worked example by hand"
+NO_USUAL = "no usual mistake gives these numbers"
+UNKNOWN = f"{NO_USUAL}: go through the worked example by hand"
 
 
 def shown(value: Any) -> str:
@@ -50,6 +52,8 @@ def shown(value: Any) -> str:
         value = value.detach().cpu()
         value = value.double().numpy() if value.is_floating_point() else value.numpy()
     if isinstance(value, np.ndarray):
+        if value.dtype.kind == "f":
+            value = np.where(np.abs(value) < 5e-5, 0.0, value)  # no -0.
         text = np.array2string(value, precision=4, suppress_small=True, threshold=40, separator=" ")
         text = " ".join(text.split())
     else:
@@ -85,12 +89,15 @@ def same(
     mistakes: dict[str, Any] | None = None,
     tolerance: float = 1e-4,
     unknown: str = UNKNOWN,
+    odd: str = "nan or inf: something is divided by 0, or a log is of 0",
+    what: str = "",
 ) -> None:
     """Is what the student returned what was expected?
 
     Args: expected: numbers; mistakes {sentence: numbers that this mistake gives}, the likeliest
         first; tolerance: relative to the largest number expected; unknown: the sentence where no
-        mistake gives the student's numbers.
+        mistake gives the student's numbers; odd: where one of them is nan or inf; what: said before
+        the numbers, where they are not what the function returns.
     Raises: Wrong.
     """
     expected = np.asarray(expected, float)
@@ -100,17 +107,17 @@ def same(
     def near(numbers):
         numbers = np.asarray(numbers, float)
         return numbers.shape == value.shape and np.allclose(
-            value, numbers, rtol=0, atol=size, equal_nan=True
+            value,
+            numbers,
+            rtol=0,
+            atol=size,  # nan is not near to nan: it has many causes
         )
 
     if near(expected):
         return
-    for sentence, numbers in (mistakes or {}).items():
-        if near(numbers):
-            raise Wrong(expected, value, sentence)
-    if not np.isfinite(value).all():
-        raise Wrong(expected, value, "nan or inf: something is divided by 0, or a log is of 0")
-    raise Wrong(expected, value, unknown)
+    causes = (sentence for sentence, numbers in (mistakes or {}).items() if near(numbers))
+    cause = next(causes, unknown if np.isfinite(value).all() else odd)
+    raise Wrong(*(f"{what} {shown(x)}".strip() for x in (expected, value)), cause)
 
 
 def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
@@ -129,7 +136,11 @@ def gradient_of(function: Callable[..., Any], at: torch.Tensor) -> np.ndarray:
 
 
 def same_number(
-    got: Any, expected: float, mistakes: dict[str, float] | None = None, tolerance: float = 1e-4
+    got: Any,
+    expected: float,
+    mistakes: dict[str, float] | None = None,
+    tolerance: float = 1e-4,
+    unknown: str = UNKNOWN,
 ) -> None:
     """`same` for a single number: a float, an int, or a tensor that holds one.
 
@@ -138,7 +149,7 @@ def same_number(
     is_number = isinstance(got, (int, float, np.number)) and not isinstance(got, bool)
     if not is_number and not (isinstance(got, torch.Tensor) and got.numel() == 1):
         raise Wrong("a number", repr(got), not_a("number", got))
-    same(torch.tensor(float(got), dtype=torch.float64), expected, mistakes, tolerance)
+    same(torch.tensor(float(got), dtype=torch.float64), expected, mistakes, tolerance, unknown)
 
 
 def odd_number(given: dict[str, Any], whole: Sequence[str]) -> str:
@@ -155,15 +166,40 @@ def odd_number(given: dict[str, Any], whole: Sequence[str]) -> str:
     return ""
 
 
+def inputs(function: FunctionType, given: tuple, named: dict[str, Any]) -> str:
+    """What a function is called with, "rest = 0.1, T = 2.0"; of large tensors their shapes.
+
+    Returns: empty where there are none, or the function takes other arguments.
+    """
+    try:
+        named = inspect.signature(function).bind(*given, **named).arguments
+    except TypeError:
+        return ""
+    words = []
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and value.numel() > 7:
+            words.append(f"{name} {list(value.shape)}")
+        elif isinstance(value, (torch.Tensor, int, float)) or (
+            isinstance(value, str) and value.isidentifier()  # and no path
+        ):
+            words.append(f"{name} = {shown(value)}")
+    return shown(", ".join(words))
+
+
 class Watched:
-    """An answer whose functions note the tensors that they change in place.
+    """An answer whose functions note what they are given, and what of that they change in place.
 
     Every other attribute is the answer's own.
     """
 
     def __init__(self, answer: ModuleType) -> None:
         """answer: a student's module."""
-        self._answer, self.changed = answer, []
+        self._answer = answer
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew: changed, names of functions; given, of the last call, as `inputs` has it."""
+        self.changed, self.given = [], ""
 
     def __getattr__(self, name: str) -> Any:
         """A function of the answer, watched; or what else stands there."""
@@ -175,6 +211,7 @@ class Watched:
         def function(*given, **named):
             tensors = [x for x in (*given, *named.values()) if isinstance(x, torch.Tensor)]
             before = [x._version for x in tensors]  # of torch: it counts writes
+            self.given = inputs(found, given, named)
             result = found(*given, **named)
             if [x._version for x in tensors] != before and name not in self.changed:
                 self.changed.append(name)

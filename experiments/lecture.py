@@ -417,6 +417,7 @@ def caption(name: str) -> str:
 def captions() -> str:
     """The page of all figures that can be drawn."""
     lines, number = ["# Figures for three lectures", "", "`python -m experiments.lecture`"], 0
+    lines += ["", "For lecturers: what is seen here answers some of the exercises."]
     for lecture, title in LECTURES.items():
         lines += ["", f"## Lecture {lecture}: {title}"]
         for name in FIGURES:

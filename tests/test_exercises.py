@@ -14,6 +14,7 @@ from helpers import ROOT
 
 import train
 from exercises import check
+from exercises.judge import Wrong
 from experiments.mutants import read_mutants
 from harness.config import resolve
 
@@ -245,11 +246,32 @@ def test_what_a_text_was_given_for_a_number_is_shown_as_a_text(tmp_path):
     assert "got       '1'" in said
 
 
+def test_a_run_of_exercise_9_in_which_v_has_not_memorised_is_told_why():
+    checks = check.load(ROOT / "exercises" / "checks" / "ex09.py", "checks_of_9")
+    rows = [{"residual/rms": 0.9, "residual/within_prompt": 0.9}] * 4
+    causes = []
+    for value_lr in (10.0, 1e-2, 1e-3):
+        with pytest.raises(Wrong) as told:
+            checks.verdict(rows, value_lr)
+        causes.append(told.value.cause)
+    assert "value_lr 10 is too high" in causes[0]
+    assert causes[1].endswith("more steps") and causes[2].endswith("or a higher value_lr")
+
+
+def test_exercise_10_without_its_line_for_a_loss_is_lires(recorded, tmp_path):
+    solution = (ANSWERS / "ex10.py").read_text()
+    _, said = checked(10, answer_with(tmp_path, solution.replace("loss = None\n", "")))
+    assert "mean efficiency" in said and "no attribute" not in said
+
+
 def test_the_advice_of_exercise_10_fits_what_was_tried():
     advice = check.load(ROOT / "exercises" / "checks" / "ex10.py", "checks_of_10").advice
     warm = {"sample_temperature": 1.0, "candidates": 16}
     assert "the sign of your loss is turned" in advice({}, True, -0.43)
     assert "nearly one-hot" in advice(warm, False, 0.3)
+    assert "too high" in advice(warm | {"lr": 0.1}, False, -0.2)
+    assert "hardly move" in advice({"lr": 1e-4, "temperature": 0.05}, False, 0.0)
+    assert "one-hot at T = 0.05" in advice({"temperature": 0.05}, False, 0.16)
     assert "more rounds, or another reward_norm" in advice(warm, False, 0.49)
     own = [advice(warm, True, x) for x in (0.1, 0.49)]
     assert not re.search("reward_norm|sft_weight|this T", " ".join(own))
@@ -283,6 +305,12 @@ def test_the_report_is_what_autograders_read(tmp_path, capsys):
     report = json.loads(path.read_text())
     assert report["score"] == 0 and report["tests"][0]["output"] == "not started"
     assert "exercise 7" in capsys.readouterr().out
+
+
+def test_all_exercises_end_with_their_sum(monkeypatch, capsys):
+    monkeypatch.setattr(check, "NUMBERS", (1, 7))
+    assert check.main(["all"]) == 1
+    assert capsys.readouterr().out.endswith("all exercises: 0 of 20 points\n")
 
 
 def test_the_lines_of_a_message_begin_alike_in_the_report(tmp_path):

@@ -135,15 +135,11 @@ def gradient(answer):
     same(torch.tensor(got), right)
 
 
+VALUES = ("the worked example", "texts of odd sizes")
 PROPERTIES = [
     Property("the worked example", 2, worked_example),
     Property("texts of odd sizes", 3, odd_sizes),
-    Property("whatever stands in the padding changes nothing", 2, padding),
-    Property("half precision is computed in float32", 2, half_precision),
-    Property(
-        "its gradient is that of the log-probability",
-        1,
-        gradient,
-        after=("the worked example", "texts of odd sizes"),
-    ),
+    Property("whatever stands in the padding changes nothing", 2, padding, after=VALUES),
+    Property("half precision is computed in float32", 2, half_precision, after=VALUES),
+    Property("its gradient is that of the log-probability", 1, gradient, after=VALUES),
 ]

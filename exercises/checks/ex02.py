@@ -30,6 +30,7 @@ def wrong_probs(logps, mask, T):
     """Usual mistakes in P, and the numbers that they give."""
     padded = softmax(zeroed(logps, mask) / T)
     batch = softmax(np.where(mask, logps, -np.inf) / T, axis=0)
+    junk = softmax(logps / T)
     shares = zeroed(logps / zeroed(logps, mask).sum(-1, keepdims=True), mask)
     return {
         "T multiplies the log-probs: it divides them": softmax(logps * T, mask),
@@ -37,6 +38,9 @@ def wrong_probs(logps, mask, T):
         "the softmax goes over the batch, not over the candidates of a list": batch,
         "padded slots take part as log-prob 0: they need -inf before the softmax": padded,
         "padded slots are zeroed after the softmax: P no longer sums to 1": zeroed(padded, mask),
+        "padded slots take part, with whatever they hold: they need -inf before the softmax": junk,
+        "padded slots are zeroed after the softmax, and what they hold is in its sum: they"
+        " need -inf before it": zeroed(junk, mask),
         "log P, not P": np.log(probs(logps, mask, T)),
         "exp(s / T) without its sum over the list below it": zeroed(np.exp(logps / T), mask),
         "s divided by its sum, without exp": shares,
@@ -47,12 +51,16 @@ def wrong_losses(logps, rewards, mask, T):
     """Usual mistakes in the loss, and the numbers that they give."""
     P, R = probs(logps, mask, T), softmax(rewards, mask)
     padded, divided = softmax(zeroed(rewards, mask)), softmax(rewards / T, mask)
+    junk = softmax(rewards)
     cross_entropy = R * np.log(np.where(mask, P, 1))
     right = loss(logps, rewards, mask, T)
     wrong = {
         "the sign is turned: the loss is what goes down": -right,
         "raw rewards: R is their softmax over the list": -zeroed(P * rewards, mask).sum(-1),
         "R's softmax counts padded slots as reward 0": -zeroed(P * padded, mask).sum(-1),
+        "R's softmax counts the padded slots, whatever they hold: they need -inf before it": (
+            -zeroed(P * junk, mask).sum(-1)
+        ),
         "R is divided by T as well: T is of the log-probs alone": -(P * divided).sum(-1),
         "-sum R log P, a cross-entropy (ListNet): LIRE takes P": -cross_entropy.sum(-1),
         "s in the place of P: the softmax of Eq. 4 is missing": -zeroed(R * logps, mask).sum(-1),
@@ -77,10 +85,13 @@ def worked_example(answer):
     logps, rewards = np.array([[0, 2, np.nan]]), np.array([[np.log(3), 0, np.nan]])
     mask, e = np.array([[True, True, False]]), np.e
     P = [[1 / (1 + e), e / (1 + e), 0]]
-    same(ask_probs(answer, logps, mask, 2.0), P, wrong_probs(logps, mask, 2.0))
+    same(ask_probs(answer, logps, mask, 2.0), P, wrong_probs(logps, mask, 2.0), odd=NAN)
     right = [-(3 + e) / 4 / (1 + e)]
     got = ask_loss(answer, logps, rewards, mask, 2.0)
-    same(got, right, wrong_losses(logps, rewards, mask, 2.0))
+    same(got, right, wrong_losses(logps, rewards, mask, 2.0), odd=NAN)
+
+
+NAN = "nan from a padded slot gets in: masked_fill before the softmax, as nan times 0 stays nan"
 
 
 def distribution(answer):
@@ -103,8 +114,7 @@ def padding(answer):
         spoilt = [np.where(mask, x, poison) for x in (logps, rewards)]
         got = ask_loss(answer, *spoilt, mask, 2.0)
         if isinstance(got, torch.Tensor) and got.isnan().any():
-            cause = "nan from a padded slot gets in: multiplied by 0 it stays nan (masked_fill)"
-            raise Wrong(right, got, cause)
+            raise Wrong(right, got, NAN)
         same(got, right, wrong_losses(logps, rewards, mask, 2.0))
 
 
@@ -115,7 +125,9 @@ def large_sums(answer):
     if isinstance(got, torch.Tensor) and not got.isfinite().all():
         cause = "exp of sums like -900 is 0, and 0 / 0 is nan: torch.softmax takes the largest out"
         raise Wrong(probs(logps, mask, 2.0), got, cause)
-    same(got, probs(logps, mask, 2.0), wrong_probs(logps, mask, 2.0))
+    low = "padded slots take part: no finite number lies below all sums of log-probs, only -inf"
+    wrong = {low: softmax(zeroed(logps, mask) / 2)} | wrong_probs(logps, mask, 2.0)
+    same(got, probs(logps, mask, 2.0), wrong)
 
 
 def gradients(answer):

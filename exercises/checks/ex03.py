@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from exercises.judge import Property, Wrong, by_hand, not_a, same
+from exercises.judge import NO_USUAL, Property, Wrong, by_hand, not_a, same
 from exercises.oracle import softmax, tensors, zeroed
 
 FORBIDDEN = ("lire", "objectives", "baselines", "train", "harness", "tests")
@@ -212,7 +212,9 @@ def one_hot(answer):
             cause = "the gradient has a number for each response, three in a tuple"
             raise Wrong("three numbers", repr(got), not_a("tuple", got) if got is None else cause)
         P = np.array([1 - rest, rest, 0])
-        same(got, -P * (np.arange(3) - rest) / T, wrong_one_hots(rest, T))
+        by_hand_at = f"{NO_USUAL}: put P and R of the text into your formula of the gradient"
+        right = -P * (np.arange(3) - rest) / T
+        same(got, right, wrong_one_hots(rest, T), unknown=by_hand_at)
 
 
 def mean_scores(answer):

@@ -3,17 +3,19 @@
 import importlib
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from exercises.judge import UNKNOWN, Property, Wrong, as_array, same_number
+from exercises.judge import NO_USUAL, Property, Wrong, as_array, same_number
 from exercises.oracle import softmax
 
 FORBIDDEN = ("lire", "objectives", "train", "harness", "tests")
 MEAN, DEVIATION = -2.0, 1.45  # of a token's log-prob
-TEMPERATURES = (1, 2, 4, 8)
+TEMPERATURES, LENGTHS = (1, 2, 4, 8), (5, 20, 50, 128)
 CLAMPED = (-2.0556, 1.3460)  # the same of min(log-prob, 0)
 UNLIKE = (46, 75, 25, 61, 32, 54, 68, 39)  # tokens; the shortest is neither first nor last
 
@@ -121,12 +123,15 @@ def near(got, right, lists):
     return means.all() and np.allclose(got[1], right[1], rtol=0.06)
 
 
+COUNT = f"{NO_USUAL}: print the scores of a few lists, and the tokens of one response by hand"
+
+
 def has_moments(got, lengths, how):
     found, right = np.array([got.mean(0), got.std(0)]), moments(lengths, how)
     if near(found, right, len(got)):
         return
     wrong = wrong_moments(lengths, how).items()
-    cause = next((cause for cause, numbers in wrong if near(found, numbers, len(got))), UNKNOWN)
+    cause = next((cause for cause, numbers in wrong if near(found, numbers, len(got))), COUNT)
     words = f"for {how}s over {list(lengths)} tokens, means and deviations "
     raise Wrong(words + str(right.round(2).tolist()), found.round(2).tolist(), cause)
 
@@ -258,7 +263,8 @@ def picture(answer):
         before = os.getcwd()
         os.chdir(elsewhere)  # a file of another name ends there, and not with the student's own
         try:
-            answer.draw(str(path))
+            with saved_figures() as axes:
+                answer.draw(str(path))
         except ModuleNotFoundError:
             if installed:
                 raise
@@ -276,6 +282,75 @@ def picture(answer):
             raise Wrong("a PNG at path", f"{len(content)} bytes of something else", cause)
         if installed:
             looked_at(importlib.import_module("matplotlib.image").imread(path))
+            compared([side for side in axes if side[1]])
+
+
+@contextmanager
+def saved_figures():
+    """Inside, of the figure that is saved last: (its left edge, its curves) of every pair of axes.
+
+    A curve is the numbers across and up, of four points at least; without matplotlib there is none.
+    """
+    axes = []
+
+    def curves(side):
+        lines = [(line.get_xdata(), line.get_ydata()) for line in side.lines]
+        return [(list(x), np.asarray(y, float)) for x, y in lines if len(y) >= 4]
+
+    try:
+        Figure = importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        yield axes
+        return
+    save = Figure.savefig
+
+    def note(figure, *given, **named):
+        axes[:] = [(side.get_position().x0, curves(side)) for side in figure.axes]
+        return save(figure, *given, **named)
+
+    with patch.object(Figure, "savefig", note):
+        yield axes
+
+
+def heights_of(how):
+    """The mean largest P [T, length] of simulated lists."""
+    rng, lengths = np.random.default_rng(0), np.array(LENGTHS)
+    deviations = DEVIATION * lengths ** (0.5 if how == "sum" else -0.5)
+    drawn = rng.normal(size=(2000, 1, 1, 8)) * deviations[:, None]
+    return softmax(drawn / np.array(TEMPERATURES)[:, None, None]).max(-1).mean(0)
+
+
+def compared(axes):
+    """Are the curves of the picture those that are asked for? Raises: Wrong."""
+    if not axes:
+        return  # drawn in another way than by plot: only its colours are looked at
+    axes = sorted(axes, key=lambda side: side[0])
+    found = ", ".join(f"{len(own)} curves" for _, own in axes)
+    if len(axes) != 2:
+        cause = "sums on the left and means on the right, each with axes of its own: plt.subplots"
+        raise Wrong("two pairs of axes with curves", f"{len(axes)}: {found}", cause)
+    for _, own in axes:
+        for across, _ in own:
+            if [str(x) for x in across] in (["1", "2", "4", "8"], ["1.0", "2.0", "4.0", "8.0"]):
+                cause = "T is across: the length is asked for, and a curve for each T"
+                raise Wrong(f"curves over {list(LENGTHS)}", "curves over [1, 2, 4, 8]", cause)
+        if len(own) != 4 or any(len(up) != 4 for _, up in own):
+            cause = "a curve for each T of 1, 2, 4, 8, with a point for each length"
+            raise Wrong("four curves of four points on each side", found, cause)
+    # The curves of a side in any order: at each length from the lowest to the highest.
+    drawn = [np.sort([up for _, up in own], 0) for _, own in axes]
+    right = [np.sort(heights_of(how), 0) for how in ("sum", "mean")]
+    same_as = lambda own, other: np.allclose(own, other, rtol=0, atol=0.06)
+    if all(map(same_as, drawn, right[::-1])):
+        raise Wrong("sums on the left, means on the right", "the two sides are swapped", "")
+    for where, own, other in zip(("left, sums", "right, means"), drawn, right):
+        if not same_as(own, other):
+            cause = "the mean largest P of 500 lists, from your scores and largest_prob"
+            if np.ptp(own, -1).max() < 1e-6:
+                cause = f"every curve of it is the same at all lengths, are they drawn? {cause}"
+            at = "at 5 and at 128 tokens, T from 1 to 8: "
+            ends = [f"{at}{x[::-1, 0].round(2)} and {x[::-1, 3].round(2)}" for x in (other, own)]
+            raise Wrong(f"{where}: {ends[0]}", ends[1], cause)
 
 
 def looked_at(pixels):

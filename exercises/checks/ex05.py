@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from exercises.judge import Property, Wrong, by_hand, same, same_number
+from exercises.judge import NO_USUAL, Property, Wrong, by_hand, same, same_number
 
 FORBIDDEN = ("lire", "objectives", "baselines", "train", "harness", "tests")
 
@@ -130,7 +130,7 @@ def peaks(answer):
             "far out on either side P_w P_l is almost 0": np.inf,
             "far out on the side of the wrong order P_w P_l is almost 0": -np.inf,
         }
-        same_number(where, 0.0, wrong)
+        same_number(where, 0.0, wrong, unknown=LOOK)
         pull = np.tanh(gap / 2)
         wrong = {
             "P_w P_l at its largest is no 1: both can't be 1 at once": pull / T,
@@ -139,7 +139,10 @@ def peaks(answer):
             "R_w - R_l is missing": 1 / (4 * T),
             "raw rewards: R is their softmax": gap / (4 * T),
         }
-        same_number(height, pull / (4 * T), wrong)
+        same_number(height, pull / (4 * T), wrong, unknown=LOOK)
+
+
+LOOK = f"{NO_USUAL}: print your lire_weight at margins from -20 to 20 and look"
 
 
 def far_limits(answer):
@@ -153,7 +156,7 @@ def far_limits(answer):
             "LIRE's and DPO's are in the wrong order": beta,
             "LIRE's: it is bounded, as P_w, P_l and R_w - R_l all are": np.inf,
         }
-        same_number(first, 0.0, wrong)
+        same_number(first, 0.0, wrong, unknown=LOOK)
         wrong = {
             "DPO's: beta in front is missing": 1.0,
             "DPO's: the sigmoid of a large positive number is 1; it is the correct order that gives"
@@ -161,7 +164,7 @@ def far_limits(answer):
             "DPO's: 1/2 of beta is its weight at margin 0": beta / 2,
             "DPO's: the loss grows without end, its slope does not": np.inf,
         }
-        same_number(second, beta, wrong)
+        same_number(second, beta, wrong, unknown=LOOK.replace("lire", "dpo"))
 
 
 def large_temperatures(answer):
@@ -176,9 +179,7 @@ def large_temperatures(answer):
             "1/M is missing: it is what P_j tends to": right * M,
             "the sign is turned: the loss is the negative of the expected reward": -right,
             "without the mean: sum_m P_m R_m tends to the list's mean and is subtracted": -R / M,
-            "the mean of the others (RLOO): sum_m P_m R_m has R_j in it as well": (
-                -(R - others) / M
-            ),
+            "the mean of the others: sum_m P_m R_m has R_j in it as well": (-(R - others) / M),
             "the sum of all rewards is subtracted: each has P_m, 1/M, as a factor": (
                 -(R - mean * M) / M
             ),
@@ -187,25 +188,13 @@ def large_temperatures(answer):
             ),
             "a softmax over the rewards: here R is used as given": -(softened - 1 / M) / M,
             "the mean over the batch is subtracted, not the list's own": -(R - R.mean(0)) / M,
+            "one mean of all lists is subtracted, and each list has its own: mean(-1, keepdim)": (
+                -(R - R.mean()) / M
+            ),
             "all 0: the gradient tends to 0, but T times it does not": np.zeros_like(R),
         }
-        same(ask(answer.flat_limit, tensor(R)), right, wrong)
-
-
-def ratios(answer):
-    for M in (3, 5, 2):
-        wrong = {
-            "turned over: R_j less the mean of all is the smaller one, as R_j is in that mean": M
-            / (M - 1),
-            "1/M is what R_j has in the mean of all: what is left for the others?": 1 / M,
-            "1/(M - 1) is what each other reward has in RLOO's mean; compare the whole brackets": (
-                1 / (M - 1)
-            ),
-            "M - 1: the mean of all is a sum over M, divided by M": M - 1,
-            "they are not equal: R_j is in the mean of all, and not in the mean of the others": 1,
-            "the sign is turned: both raise what is above its mean": (1 - M) / M,
-        }
-        same_number(ask(answer.rloo_ratio, M), (M - 1) / M, wrong)
+        unknown = f"{NO_USUAL}: let T grow in exercise 3's gradient, what does each P_j tend to?"
+        same(ask(answer.flat_limit, tensor(R)), right, wrong, unknown=unknown)
 
 
 PROPERTIES = [
@@ -220,6 +209,5 @@ PROPERTIES = [
     ),
     Property("where LIRE's weight is largest, and how large", 1, peaks),
     Property("what both tend to, far in the wrong order", 1, far_limits),
-    Property("LIRE at a large temperature", 1, large_temperatures),
-    Property("LIRE and RLOO", 1, ratios),
+    Property("LIRE at a large temperature", 2, large_temperatures),
 ]

@@ -55,8 +55,8 @@ AS_GIVEN = {  # what is said of the programs as the skeleton has them
 }
 # Of each program's words in the skeleton, without comments: the skeleton itself is edited.
 AS_WRITTEN = {
-    "A": 2695293601,
-    "B": 1185365938,
+    "A": 2800740899,
+    "B": 380635946,
     "C": 2972629045,
     "D": 2286238357,
     "E": 2365599620,
@@ -226,6 +226,8 @@ def numbers_c(answer):
             "lengths is taken for the response's alone: it counts the prompt too": over(
                 (place >= first) & (place < first + last), ratios
             ),
+            "lengths - prompt_lengths is how many tokens the response has; its places are those "
+            "behind the prompt": over(place < last - first, ratios),
             "the sign is turned: l is log pi - log pi_ref": -right,
         }
         same(answer.program_c(*tensors(logps, ref_logps, starts, ends)), right, wrong)

@@ -134,17 +134,17 @@ def a_scale(answer):
     tau, k = 0.7, 3.0
     other = answer.equivalent_tau(tau, k)
     wrong = {
-        "tau / k: with rewards k times as large the penalty has to grow too": tau / k,
-        "tau itself: r / tau would become k r / tau": tau,
-        "k alone: that is right for tau = 1": k,
-        "tau + k: it is r / tau that has to stay": tau + k,
+        "tau / factor: with rewards that are larger by it the penalty has to grow too": tau / k,
+        "tau itself: r / tau would become factor x r / tau": tau,
+        "the factor alone: that is right for tau = 1": k,
+        "tau + factor: it is r / tau that has to stay": tau + k,
     }
     same(torch.as_tensor(float(other)), k * tau, wrong)
     before = value(ref_logps, rewards, tau)
     wrong = {
         "V* is left as it was: it is in units of the reward": before,
-        "V* is divided by k: rewards k times as large give a maximum k times as large": before / k,
-        "k is added: V* is multiplied by it": before + k,
+        "V* is divided by the factor: the maximum grows as the rewards do": before / k,
+        "the factor is added: V* is multiplied by it": before + k,
         "the tau's factor is in it twice": k**2 * before,
     }
     same(answer.scaled_value(*tensors(before), k), k * before, wrong)
@@ -154,8 +154,8 @@ VALUES = ("the worked example", "V* on sets of odd sizes", "pi* on sets of odd s
 PROPERTIES = [
     Property("the worked example", 2, worked_example),
     Property("V* on sets of odd sizes", 2, values),
-    Property("pi* on sets of odd sizes", 2, policies),
+    Property("pi* on sets of odd sizes", 2, policies, after=("V* on sets of odd sizes",)),
     Property("a tau of 0.001 gives no inf", 1, log_space, after=VALUES),
     Property("c(x) added to the rewards", 2, a_shift),
-    Property("rewards multiplied by k", 1, a_scale),
+    Property("rewards multiplied by a factor", 1, a_scale),
 ]

@@ -38,13 +38,11 @@ def wrong_policies(logps, ref_logps, rewards, values, tau):
     ratios, advantages, residuals = parts(logps, ref_logps, rewards, values, tau)
     right, pull = policy_loss(logps, ref_logps, rewards, values, tau), tau / 2 * ratios**2
     printed, whole = -logps * advantages + ratios**2 / 2, -logps * advantages + tau * ratios**2
-    wrong = {
+    over = -logps * advantages + ratios**2 / 2 / tau
+    return {
         "the printed 1/2 stands before l^2: Eq. 8 times 1/tau has another number there": printed,
         "tau stands before l^2: the derivative of a square has a factor 2": whole,
-    }
-    if tau == 0.5:  # where these two are one number
-        wrong = {"1/2 stands before l^2, or tau, which is 1/2 here: derive that number": printed}
-    return wrong | {
+        "1/(2 tau) stands before l^2: Eq. 8 has tau^2 l there, and 1/tau takes one tau away": over,
         "Eq. 8 without its factor 1/tau: divide by tau": tau * right,
         "the first term's sign is turned: r above V has to raise logps": logps * advantages + pull,
         "the second term's sign is turned: it holds the policy at pi_ref": (
@@ -120,8 +118,8 @@ WORKED = [np.array(x) for x in ([-3, -5.0], [-3.5, -4.2], [1, -0.5], [0.2, 0.1])
 
 
 def worked_example(answer):
-    check_losses(answer, *WORKED, 0.5)
-    check_gradients(answer, *WORKED, 0.5, held=False)  # a leak has a property of its own
+    check_losses(answer, *WORKED, 0.4)
+    check_gradients(answer, *WORKED, 0.4, held=False)  # a leak has a property of its own
 
 
 def odd_sizes(answer):
@@ -130,10 +128,10 @@ def odd_sizes(answer):
 
 
 def gradients_of(losses, given):
-    """d sum / d each of what was given, zeros where nothing arrives."""
+    """d mean / d each of what was given, zeros where nothing arrives."""
     found = [None] * len(given)
     if losses.requires_grad:
-        found = torch.autograd.grad(losses.sum(), given, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(losses.mean(), given, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if slope is None else slope for x, slope in zip(given, found)]
 
 
@@ -167,13 +165,16 @@ def check_gradients(answer, *case, held=True):
                 raise Wrong(f"no gradient at {at}", slope, cause)
     wrong = {
         "no gradient reaches logps: the whole loss is detached": np.zeros_like(ratios),
-        "l^2 has no gradient: the policy's own l must not be detached": -advantages,
-        "-logps (r - V) has no gradient: logps must not be detached there": case[4] * ratios,
+        "l^2 has no gradient: the policy's own l must not be detached": -advantages / len(ratios),
+        "-logps (r - V) has no gradient: logps must not be detached there": (
+            case[4] * ratios / len(ratios)
+        ),
     }
     unmoved = {"no gradient reaches V: V learns from its own loss": np.zeros_like(ratios)}
     try:
-        same(slopes["policy"][0], -residuals, wrong)
-        same(slopes["value"][3], -residuals, unmoved)
+        right = -residuals / len(residuals)
+        same(slopes["policy"][0], right, wrong, what="gradient in logps of the mean policy loss")
+        same(slopes["value"][3], right, unmoved, what="gradient in V of the mean value loss")
     except Wrong:
         check_losses(answer, *case)  # what is wrong with a value says more than its gradient
         raise
@@ -207,7 +208,7 @@ WRONG_ENDS = {
     },
     "PRINTED_AT_FIVE": {
         at_the_optimum: MOVING,
-        between: MOVING + " (a limit on the steps hides it)",
+        between: MOVING,
         beyond: "it passes pi* and goes on: does V come to rest?",
     },
 }

@@ -35,7 +35,7 @@ def predictions(answer):
             choices = ", ".join(answer.CHOICES)
             raise Wrong(f"{name}: one of {choices}", repr(given.get(name)), cause)
     if given == TRUE:
-        print("predicted  all five as it is")
+        print("predicted  all five predictions are true")
     for name, right in TRUE.items():
         if given[name] != right:
             print(f"predicted  {name} {given[name]}; it {right}")
@@ -84,6 +84,9 @@ def rms(answer):
                 "the root of the sum, not of the mean": np.sqrt((x**2).sum()),
                 "the mean of delta: what is above 0 and below cancels": x.mean(),
                 "the mean of its size: rms squares first": np.abs(x).mean(),
+                "the root of each prompt's mean, and then their mean: the root comes last": np.sqrt(
+                    (x**2).mean(-1)
+                ).mean(),
                 "the deviation of delta: rms does not take the mean off": x.std(),
                 **wrong_residuals(*given, rms_of),
             }
@@ -147,8 +150,8 @@ def objection(own):
         )
     if c["lr"] > 1e-5:
         return (
-            f"the policy learns at {c['lr']:g}: then within_prompt falls because of what it has "
-            "learnt; hold it still with a tiny lr"
+            f"lr {c['lr']:g}: the policy may learn too, and then the log does not say that V alone "
+            "did; hold it still with a tiny lr, at most 1e-5"
         )
     if c["value_lr"] is None and c["lr"] < 3e-4:
         return f"V learns at {c['lr']:g}, by default the policy's rate: value_lr"
@@ -169,18 +172,22 @@ def run(answer):
             _, rows = run_quietly(config)
         except train.ConfigError as e:
             raise Wrong("a run", own, f"such a run is refused: {e}") from None
-    print(verdict(rows))
+    print(verdict(rows, own["value_lr"]))
 
 
-def verdict(rows):
+def verdict(rows, value_lr):
     """What a log says of V, in words. Raises: Wrong where it has not memorised."""
     rms = [row["residual/rms"] for row in rows]
     inside = [row["residual/within_prompt"] for row in rows if "residual/within_prompt" in row]
     last = sum(rms[-3:]) / 3  # of single batches
     said = f"rms {rms[0]:.2f} -> {last:.2f}, within_prompt {inside[0]:.2f} -> {inside[-1]:.2f}"
     if last > rms[0] / 2:
-        cause = "V has not memorised yet: more passes over the same few responses, or a higher rate"
-        raise Wrong("rms falls to less than half", said, cause)
+        cause = "V has not memorised yet: more steps"
+        if value_lr > 1e-2:
+            cause = f"value_lr {value_lr:g} is too high: V jumps about and fits nothing"
+        elif value_lr < 3e-3:
+            cause += ", or a higher value_lr"
+        raise Wrong("rms falls to less than half of what it began with", said, cause)
     if inside[-1] < inside[0] / 2:
         raise Wrong("within_prompt stays", said, "the policy has learnt too: hold it still")
     return said

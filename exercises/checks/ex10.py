@@ -135,10 +135,11 @@ def efficiency(answer):
     if problem := objection(own):
         raise Wrong("a dict of settings", own, problem)
     settings = {**RUN, **START, **own}
-    if answer.loss is not None:
-        try_loss(answer.loss)
+    loss_of = getattr(answer, "loss", None)
+    if loss_of is not None:
+        try_loss(loss_of)
         settings |= {"objective": "own"} | dict.fromkeys(LIRE_ALONE)
-        loss = lambda c, x: {"loss": answer.loss(x.logps, x.ref_logps, x.rewards, x.mask)}
+        loss = lambda c, x: {"loss": loss_of(x.logps, x.ref_logps, x.rewards, x.mask)}
         OBJECTIVES["own"] = Objective(loss, {}, {"lists", "reference"})
     found = []
     for seed in SEEDS:
@@ -158,9 +159,9 @@ def efficiency(answer):
 def show(seed, rows, metrics):
     """Print what the rounds of a run were like."""
     last = {row["round"]: row for row in rows}  # of each round
-    for name in ("lists/distinct", "lists/tied"):
+    for word, name in (("different", "lists/distinct"), ("tied lists", "lists/tied")):
         shares = " ".join(f"{row[name]:4.0%}" for row in last.values())
-        print(f"seed {seed}  {name:15} {shares}")
+        print(f"seed {seed}  {word:12} {shares}")
     known = metrics["efficiency"]
     shown = f"{known:.2f}" if known is not None else "- (it has hardly moved)"
     print(
@@ -173,7 +174,7 @@ def reaches(level):
     def holds(answer):
         reached = efficiency(answer)
         if reached < level:
-            cause = advice(answer.settings(), answer.loss is not None, reached)
+            cause = advice(answer.settings(), getattr(answer, "loss", None) is not None, reached)
             raise Wrong(f"at least {level}", f"{reached:.2f}", cause)
 
     return holds
@@ -184,18 +185,24 @@ def advice(own, has_loss, reached):
     c = {**START, **own}
     if has_loss and reached < 0:
         return "the reward falls below the reference's: the sign of your loss is turned"
+    if c["lr"] > 5e-3:
+        return f"lr {c['lr']:g} is too high: every round moves the policy far past what it has seen"
+    if c["lr"] < 3e-4:
+        return f"lr {c['lr']:g} is too low: 120 updates hardly move the policy, look at the KL"
+    if not has_loss and c["temperature"] < 1:
+        return f"P is one-hot at T = {c['temperature']:g}: no list teaches anything (exercise 4)"
     if c["sample_temperature"] < 0.7:
-        return "cold samples are alike from the first round on: look at lists/distinct of round 1"
+        return "cold samples are alike from the first round on: see how many differ in round 1"
     if c["candidates"] < 8:
         return "few candidates rarely hold both a good and a bad answer: more of them"
     if reached >= 0.45:
         norm = "" if has_loss else ", or another reward_norm (zscore)"
         return f"the pool lives. More of it: more candidates, more rounds{norm}"
     if has_loss:
-        return "where do lists/distinct and lists/tied turn? A smaller lr, or another loss"
+        return "in which round do candidates become alike? A smaller lr, or another loss"
     if c["temperature"] < 4:
         return "P is nearly one-hot at this T, and such lists teach nothing (exercise 4)"
-    return "where do lists/distinct and lists/tied turn? A smaller lr, or an anchor (sft_weight)"
+    return "in which round do candidates become alike? A smaller lr, or an anchor (sft_weight)"
 
 
 PROPERTIES = [

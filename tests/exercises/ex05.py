@@ -23,7 +23,3 @@ def limits(reward_gap, temperature, beta):
 def flat_limit(rewards):
     mean = rewards.mean(-1, keepdim=True)
     return -(rewards - mean) / rewards.shape[-1]
-
-
-def rloo_ratio(M):
-    return (M - 1) / M
