@@ -76,10 +76,9 @@ def report() -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python -m experiments.report` from the files beside it. Two cores of an "
-        "Intel Xeon, torch 2.13.0 (CPU). Rewards are the task's own, of held-out prompts unless "
-        "said; ± is the standard deviation over seeds, - a number that would mean nothing "
-        "(docs/metrics.md).",
+        "Written by `python -m experiments.report` from the files beside it. Two CPU cores, torch "
+        "2.13.0. Rewards are the task's own, of held-out prompts unless said; ± is the standard "
+        "deviation over seeds, - a number that would mean nothing (docs/metrics.md).",
         "",
     ]
     for name, section in SECTIONS.items():

@@ -30,6 +30,7 @@ SMALL = {
     "steps": 12,
     "evolve": 2,
     "batch_size": 4,
+    "iterate": 1,
     "reference_batch": 4,
     "eval_prompts": 3,
     "eval_samples": 16,
