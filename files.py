@@ -14,6 +14,7 @@ import gc
 import glob
 import itertools
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -150,6 +151,20 @@ class Reading:
                 raise fault(path, line, e) from None
 
 
+def watched(path: str) -> Iterator[tuple[int, dict]]:
+    """The rows of a file; on a terminal their number is shown while a large one is read."""
+    if not sys.stderr.isatty():
+        yield from rows(path)
+        return
+    number = 0
+    for number, row in enumerate(rows(path), 1):
+        if number % 50_000 == 0:
+            print(f"\r{short(path, 60)}: {number:,} rows", end="", file=sys.stderr, flush=True)
+        yield row
+    if number >= 50_000:
+        print("\r\x1b[K", end="", file=sys.stderr)  # the line is empty again
+
+
 def load_file(
     path: str,
     limit: int,
@@ -160,7 +175,7 @@ def load_file(
     """Records of one file; as `load`."""
     (name, _, reward), kind, line = format.partition(":"), None, 0
     reading, gathered, lines = Reading(threshold), [], []
-    for line, row in rows(path):
+    for line, row in watched(path):
         try:
             if kind is None:
                 kind = FORMATS[name or recognise(row)]

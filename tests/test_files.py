@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import sys
 
 import pytest
 from helpers import LISTS, write
@@ -208,3 +210,15 @@ def test_json_is_read_as_json_loads_does(tmp_path):
     assert load(path)[0] == [LISTS[0]] * 4
     with pytest.raises(files.DataError, match=":2: not JSON .Extra data"):
         load(write(tmp_path, text, f"{text} ,"))
+
+
+def test_a_large_file_is_counted_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, *[LISTS[0]] * 100_001)
+    files.load([path], say=str)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    files.load([path], say=str)
+    shown = capsys.readouterr().err
+    assert re.findall(r"[\d,]+(?= rows)", shown) == ["50,000", "100,000"] and "\n" not in shown
+    files.load([write(tmp_path, LISTS[0], name="few.jsonl")], say=str)
+    assert capsys.readouterr().err == ""
