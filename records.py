@@ -88,15 +88,19 @@ def of_kind(kind: type, value: Any, where: str) -> Any:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Is it a finite number? Up to 1e30, because it is squared in float32."""
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= 1e30
+
+
 def number(value: Any, where: str) -> float:
-    """A finite number; up to 1e30, because it is squared in float32."""
+    """A finite number, as `is_number`; a Cell may hold it as text."""
     if isinstance(value, Cell):
         try:
             value = float(value)
         except ValueError:
             pass
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= 1e30:
+    if not is_number(value):
         raise DataError(f"{where} is {short(repr(value))}, expected a finite number (up to 1e30)")
     return float(value)
 

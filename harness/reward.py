@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.config import Config, ConfigError
-from records import short
+from records import is_number, short
 from tasks import Task
 
 
@@ -38,8 +38,7 @@ def own_reward(named: str) -> tuple[Callable[[str, str], float], str]:
         except (Exception, SystemExit) as e:
             why = reason(e, path)
             raise ConfigError(f"{say}: {why}, at the response {short(repr(response))}") from None
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= 1e30:
+        if not is_number(value):
             raise ConfigError(
                 f"{say}: it returned {short(repr(value))} for the response "
                 f"{short(repr(response))}, expected a finite number (up to 1e30)"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dro
+import files
 import train
 from harness.config import Config, resolve
 from harness.pool import make_world
@@ -100,6 +101,19 @@ THUMBS = [
     {"prompt": row["prompt"], "completion": row["response"], "label": bool(row["reward"])}
     for row in SINGLES
 ]
+
+
+def load(*paths, **options):
+    """Records of files, and the lines of news."""
+    news = []
+    return files.load(paths, say=news.append, **options), news
+
+
+def load_error(*paths, **options) -> str:
+    """Why files are refused."""
+    with pytest.raises(files.DataError) as e:
+        load(*paths, **options)
+    return str(e.value)
 
 
 def write(folder, *lines, name="lists.jsonl") -> str:

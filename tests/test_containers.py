@@ -10,9 +10,8 @@ import sys
 import types
 
 import pytest
-from helpers import LISTS, write
-
-import files
+from helpers import LISTS, load, write
+from helpers import load_error as error
 
 ROWS = [
     {"prompt": "Describe the pond.", "response": "Calm.", "reward": 4.5},
@@ -56,17 +55,6 @@ CONTAINERS = {
     "tabs.tsv": as_table(ROWS, "\t"),
     "NO-SUFFIX": "".join(json.dumps(row) + "\n" for row in ROWS),
 }
-
-
-def load(*paths, **options):
-    news = []
-    return files.load(paths, say=news.append, **options), news
-
-
-def error(*paths, **options):
-    with pytest.raises(files.DataError) as e:
-        load(*paths, **options)
-    return str(e.value)
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

@@ -6,14 +6,9 @@ import re
 import sys
 
 import pytest
-from helpers import LISTS, write
+from helpers import LISTS, load, write
 
 import files
-
-
-def load(*paths, **options):
-    news = []
-    return files.load(paths, say=news.append, **options), news
 
 
 def rated(*rewards):

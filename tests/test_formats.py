@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import DATA_DIR, write
+from helpers import DATA_DIR, load, write
+from helpers import load_error as error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,18 +40,6 @@ quickly = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-def load(*paths, **options):
-    """Records and the lines of news."""
-    news = []
-    return files.load(paths, say=news.append, **options), news
-
-
-def error(*paths, **options):
-    with pytest.raises(files.DataError) as e:
-        load(*paths, **options)
-    return str(e.value)
 
 
 def changed(record=GOOD, **fields):
