@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from data import make_batch, save_ranks
+from harness.command_line import command_line
 from harness.config import (
     Config,
     ConfigError,
-    command_line,
     describe_settings,
     resolve,
     why_lists,

@@ -26,7 +26,12 @@ ROOT = Path(__file__).parent.parent
 LIST = ROOT / "tests" / "mutants.txt"
 PARTS = ("harness", "experiments", "tests", "pyproject.toml")  # of a copy, beside its *.py
 # The tests that a file's mutants meet; those of other files meet their own alone.
-TESTS = {"pool.py": "pool train", "train.py": "train run", "config.py": "config run"}
+TESTS = {
+    "pool.py": "pool train",
+    "train.py": "train run",
+    "config.py": "config run",
+    "command_line.py": "config run by_hand",
+}
 TESTS |= dict.fromkeys(["formats.py", "records.py", "files.py"], "formats files containers")
 TESTS["containers.py"] = "containers formats files"
 AT_ONCE, LONGEST = 2, 600  # copies; seconds until a copy's tests are stopped

@@ -10,7 +10,8 @@ import torch
 
 import data
 from data import Example, Task
-from harness.config import ConfigError, command_line
+from harness.command_line import command_line
+from harness.config import ConfigError
 from harness.evaluation import side_by_side
 from harness.pool import World, rng, sample_lists
 from harness.reference import get_reference, new_model

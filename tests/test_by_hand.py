@@ -24,6 +24,7 @@ import frontier
 import objectives
 import train
 from harness import config, evaluation, figures, pool, reference, run, update
+from harness.command_line import command_line
 from harness.config import ConfigError, resolve
 from objectives import OBJECTIVES, Inputs
 
@@ -857,7 +858,7 @@ def test_a_resumed_run_goes_on_with_the_step_behind_its_checkpoint(watched, tmp_
     assert seen == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     before = rates[3:]
     seen.clear(), rates.clear()
-    train.main(config.command_line(["--resume", str(tmp_path / "run")]))
+    train.main(command_line(["--resume", str(tmp_path / "run")]))
     assert seen == [(0, 3), (1, 0), (1, 1), (1, 2)] and rates[: len(before)] == before
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 3, 6, 7]
@@ -1000,10 +1001,10 @@ def test_a_digest_tells_names_numbers_shapes_and_kinds_apart():
 def test_the_files_of_a_resumed_run_may_move_and_its_settings_may_not(tmp_path):
     c = settings("dro", data=["old.jsonl"], tau=0.5)
     (tmp_path / "config.json").write_text(json.dumps(vars(c)))
-    resumed = config.command_line(["--resume", str(tmp_path), "--data", "new.jsonl"])
+    resumed = command_line(["--resume", str(tmp_path), "--data", "new.jsonl"])
     assert (resumed.data, resumed.tau, resumed.out) == (["new.jsonl"], 0.5, str(tmp_path))
     with pytest.raises(ConfigError, match="tau: 0.5 there, 0.25 here"):
-        config.command_line(["--resume", str(tmp_path), "--tau", "0.25"])
+        command_line(["--resume", str(tmp_path), "--tau", "0.25"])
 
 
 KEY = {"texts": "a", "rounds": "b"}

@@ -26,7 +26,7 @@ def blocks(path, heading):
 DRIVER = """
 import contextlib, io, json, sys
 import train
-from harness.config import command_line
+from harness.command_line import command_line
 from harness.run import run_script
 
 train.draw = lambda folder: "not drawn"

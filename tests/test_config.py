@@ -13,7 +13,8 @@ from helpers import LISTS, ROOT, flags, small, sources, write
 import data
 import train
 from harness import config, run
-from harness.config import Config, ConfigError, command_line, resolve, settings_read
+from harness.command_line import command_line
+from harness.config import Config, ConfigError, resolve, settings_read
 from harness.reference import SETTINGS
 from objectives import OBJECTIVES
 from tasks import TASKS

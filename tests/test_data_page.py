@@ -14,7 +14,7 @@ import files
 import formats
 import records
 import train
-from harness.config import command_line
+from harness.command_line import command_line
 
 PAGE = (ROOT / "docs/data.md").read_text()
 LINES = dict(re.findall(r"^([\w-]+) +(\{.*\})$", PAGE, re.M))

@@ -12,8 +12,10 @@ import tasks
 import train
 from experiments import compare
 from formats import FORMATS, Format
+from harness import command_line as command_line_module
 from harness import config
-from harness.config import Config, ConfigError, command_line, option, resolve
+from harness.command_line import command_line
+from harness.config import Config, ConfigError, option, resolve
 from objectives import OBJECTIVES, Objective
 from records import get, one_list
 from tasks import TASKS, Task, TaskRow
@@ -38,6 +40,7 @@ def hinge(monkeypatch):
     field = ("lead", float | None, option(None, text, positive=True))
     own = dataclasses.make_dataclass("Config", [field], bases=(Config,))
     monkeypatch.setattr(config, "Config", own)
+    monkeypatch.setattr(command_line_module, "Config", own)
     monkeypatch.setitem(OBJECTIVES, "ahead", HINGE)
 
 

@@ -14,7 +14,8 @@ import torch
 
 import formats
 from experiments import compare, report
-from harness.config import Config, command_line, resolve
+from harness.command_line import command_line
+from harness.config import Config, resolve
 from objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent

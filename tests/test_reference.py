@@ -8,7 +8,8 @@ from helpers import same, small, untrained, weights
 
 import train
 from harness import reference
-from harness.config import ConfigError, command_line
+from harness.command_line import command_line
+from harness.config import ConfigError
 from harness.pool import score_lists
 
 

@@ -37,7 +37,8 @@ from helpers import (
 import train
 from data import DataError
 from harness import pool, run
-from harness.config import ConfigError, command_line, resolve
+from harness.command_line import command_line
+from harness.config import ConfigError, resolve
 from harness.evaluation import list_metrics
 from harness.pool import reward_list
 from objectives import OBJECTIVES
