@@ -201,18 +201,23 @@ def gpt2_encoding() -> tiktoken.Encoding:
         ) from None
 
 
-def allowed_tokens(task: Task, enc: tiktoken.Encoding) -> Tensor | None:
-    """[max_response, V] bool: the tokens a response of `task` may have at each place; None: all.
+def allowed_tokens(
+    task: Task | None, enc: tiktoken.Encoding, max_response: int, vocab_size: int = 0
+) -> Tensor | None:
+    """[max_response, V] bool: the tokens a response may have at each place; None: all.
 
     For a task of few words: a word at first, then a word or EOS, and EOS alone at the last place.
+    For a model whose vocabulary is larger than its tokenizer's: the tokens of the tokenizer.
     """
-    if not task.words:
-        return None
-    words = [enc.encode_single_token(" " + word) for word in task.words]
-    mask = torch.zeros(task.max_response, enc.n_vocab, dtype=torch.bool)
-    mask[:-1, words] = True
-    mask[1:, enc.eot_token] = True
-    return mask
+    if task and task.words:
+        words = [enc.encode_single_token(" " + word) for word in task.words]
+        mask = torch.zeros(max_response, enc.n_vocab, dtype=torch.bool)
+        mask[:-1, words] = True
+        mask[1:, enc.eot_token] = True
+        return mask
+    if vocab_size > enc.n_vocab:
+        return (torch.arange(vocab_size) < enc.n_vocab).expand(max_response, vocab_size)
+    return None
 
 
 # ------------------------------------------------------------------------------------------ batches

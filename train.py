@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import make_batch, save_ranks
+from data import make_batch
 from harness.command_line import command_line
 from harness.config import (
     Config,
@@ -50,6 +50,7 @@ from harness.pool import (
     under_other_prompts,
     with_responses,
 )
+from harness.pretrained import describe_model
 from harness.reference import cache_key, digest_of, get_reference, new_model
 from harness.run import (
     Progress,
@@ -238,14 +239,13 @@ def align(c: Config, world: World, began: float) -> dict:
     checkpoint = load_checkpoint(c, run_key)
     print(describe_settings(c))
     save(json.dumps(vars(c), indent=1), out / "config.json")
-    if world.ranks:
-        save_ranks(world.ranks, out / "tokenizer.txt")
     run = Run(c, run_key, began)
     run.lap("setup")
 
     # Where it starts from: the reference, which never changes.
     reference = get_reference(c, world, key, checkpoint)
     save(reference.state_dict(), out / "reference.pt")
+    describe_model(reference, world.enc, world.ranks, out)
     state = new_state(c, world, reference)
     if checkpoint:
         restore(state, checkpoint)

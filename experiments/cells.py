@@ -32,7 +32,8 @@ ROOT = Path(train.__file__).parent
 SOURCES = """
     train.py objectives.py lire.py dro.py baselines.py frontier.py model.py t5.py data.py
     tasks.py files.py containers.py formats.py records.py harness/config.py harness/pool.py
-    harness/reward.py harness/reference.py harness/update.py harness/evaluation.py
+    harness/reward.py harness/reference.py harness/pretrained.py harness/update.py
+    harness/evaluation.py
 """.split()
 # A new progress line must not cost a day.
 NO_NUMBERS = ["harness/run.py", "harness/figures.py", "harness/command_line.py"]

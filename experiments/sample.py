@@ -14,6 +14,7 @@ from harness.command_line import command_line
 from harness.config import ConfigError
 from harness.evaluation import side_by_side
 from harness.pool import World, rng, sample_lists
+from harness.pretrained import read_folder
 from harness.reference import get_reference, new_model
 from harness.run import read_checkpoint, reason_of, run_script
 
@@ -33,20 +34,17 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
     c = command_line([f"--resume={run}"])
     c.device = c.device if c.device == "cpu" or torch.cuda.is_available() else "cpu"
     checkpoint = read_checkpoint(folder / "checkpoint.pt", c.device)
-    if c.tokenizer == "bpe":
-        try:
-            enc = data.encoding(data.load_ranks(folder / "tokenizer.txt"))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{folder / 'tokenizer.txt'} is damaged ({reason_of(e)})") from None
-    else:
-        enc = data.gpt2_encoding()
+    found = read_folder(folder)
+    enc = found.encoding()
     task = None if c.data else data.make_task(c.task, c.seed)
-    allowed = data.allowed_tokens(task, enc) if task else None
+    longest = min(c.max_response, task.max_response) if task else c.max_response
+    allowed = data.allowed_tokens(task, enc, longest, found.config.vocab_size)
     world = World(
         enc=enc,
+        init=found,
         task=task if task and can_score(task, prompt) else None,
         allowed=None if allowed is None else allowed.to(c.device),
-        max_response=min(c.max_response, task.max_response) if task else c.max_response,
+        max_response=longest,
     )
     ids = enc.encode_ordinary(prompt)
     if not ids or len(ids) > c.max_prompt:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from files import asked_format
+from harness.pretrained import is_run, read_folder
 from objectives import NEEDS, OBJECTIVES
-from records import short
+from records import DataError, short
 from tasks import TASKS
 
 
@@ -60,11 +61,16 @@ class Config:
     max_response: int = option(
         128, "tokens of a response, a longer one loses its end", positive=True
     )
-    model: str = option("gpt", "what policy and reference are", ("gpt", "t5"))
-    layers: int = option(2, "layers of the model; t5: of encoder and decoder each", positive=True)
-    heads: int = option(4, "attention heads of each layer", positive=True)
-    width: int = option(128, "width of the model", positive=True)
-    tokenizer: str = option("bpe", "bpe is trained on the run's own text", ("bpe", "gpt2"))
+    init: str = option(
+        "", "the folder of a GPT-2 or T5 v1.1 (Hugging Face), or of a run, to start from its policy"
+    )
+    model: str | None = option(None, "what policy and reference are", ("gpt", "t5"))
+    layers: int | None = option(
+        None, "layers of the model; t5: of encoder and decoder each", positive=True
+    )
+    heads: int | None = option(None, "attention heads of each layer", positive=True)
+    width: int | None = option(None, "width of the model", positive=True)
+    tokenizer: str | None = option(None, "bpe is trained on the run's own text", ("bpe", "gpt2"))
     vocab_size: int | None = option(None, "tokens of bpe")
     reference_steps: int | None = option(None, "SFT steps of the reference")
     reference_lr: float | None = option(None, "its peak learning rate", positive=True)
@@ -116,6 +122,11 @@ class Config:
 
 
 ON_TASKS = {
+    "model": "gpt",
+    "layers": 2,
+    "heads": 4,
+    "width": 128,
+    "tokenizer": "bpe",
     "vocab_size": 512,
     "reference_steps": 500,
     "reference_lr": 3e-3,
@@ -132,6 +143,7 @@ ON_FILES = {**ON_TASKS, "vocab_size": 1024, "reference_steps": 300, "candidates"
 
 
 T5_RATE = 0.5  # of a GPT's --lr: at the whole, LIRE's policy leaves the language (KL 20)
+HUB_RATE = 0.01  # of both rates for a model from elsewhere: they suit one of 0.5 M weights
 
 
 def run_defaults(config: Config) -> dict[str, Any]:
@@ -140,10 +152,42 @@ def run_defaults(config: Config) -> dict[str, Any]:
     objective = row.run_defaults()
     objective["lr"] *= T5_RATE if config.model == "t5" else 1
     if config.data and config.reward:
-        return ON_FILES | {"candidates": ON_TASKS["candidates"]} | objective
-    if config.data:  # a file has no reward for new samples
-        return ON_FILES | objective | {"evolve": 0}
-    return ON_TASKS | objective | row.on_tasks | TASKS[config.task].defaults
+        defaults = ON_FILES | {"candidates": ON_TASKS["candidates"]} | objective
+    elif config.data:  # a file has no reward for new samples
+        defaults = ON_FILES | objective | {"evolve": 0}
+    else:
+        defaults = ON_TASKS | objective | row.on_tasks | TASKS[config.task].defaults
+    if config.init:
+        defaults |= {"tokenizer": None, "vocab_size": None, "reference_steps": 0}
+        for name in ("lr", "reference_lr"):
+            defaults[name] *= 1 if is_run(config.init) else HUB_RATE
+    return defaults
+
+
+def model_of_init(config: Config) -> dict[str, Any]:
+    """The model and its size in --init's folder.
+
+    Raises: ConfigError where there is none, or where it does not fit what is asked for.
+    """
+    try:
+        found = read_folder(config.init)
+    except DataError as e:
+        raise ConfigError(f"--init {e}") from None
+    own = {"model": found.model, "tokenizer": None, "vocab_size": None}
+    own |= {name: getattr(found.config, name) for name in ("layers", "heads", "width")}
+    for name, value in own.items():
+        if getattr(config, name) not in (None, value):
+            there = f"its {name.replace('_', ' ')} is {value or 'its own'}"
+            raise ConfigError(
+                f"{flag(name)} {getattr(config, name)} with --init {config.init}: {there}"
+            )
+    positions, most = config.max_prompt + config.max_response, found.positions
+    if positions > most:
+        raise ConfigError(
+            f"--init {config.init} reads {most} tokens, and --max-prompt {config.max_prompt} with "
+            f"--max-response {config.max_response} are {positions}"
+        )
+    return own
 
 
 def owners(name: str) -> list[str]:
@@ -174,6 +218,8 @@ def resolve(config: Config) -> Config:
                 f"{config.objective} does not read it"
             )
     # Defaults before the rest, because the rest is about the values that the run will have.
+    if config.init:
+        config = dataclasses.replace(config, **model_of_init(config))
     defaults = run_defaults(config)
     missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
     c = dataclasses.replace(config, **missing)
@@ -186,13 +232,8 @@ def resolve(config: Config) -> Config:
             f"--reward-norm {c.reward_norm}: --objective {c.objective} takes "
             f"{' or '.join(row.reward_norm)}"
         )
-    if c.width % c.heads:
-        raise ConfigError(f"--width {c.width} is not a multiple of --heads {c.heads}")
-    if c.vocab_size < 257:
-        raise ConfigError(
-            f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
-        )
-    _check_size(c)
+    if not c.init:
+        _check_size(c)
     if c.data and c.evolve and not c.reward:
         raise ConfigError(
             f"--evolve {c.evolve} samples and scores new responses, but a file has no reward "
@@ -273,7 +314,13 @@ def check_values(config: Config) -> None:
 
 
 def _check_size(c: Config) -> None:
-    """A model that no memory holds is refused before it is made."""
+    """A model that can't be made, or that no memory holds, is refused before it is."""
+    if c.width % c.heads:
+        raise ConfigError(f"--width {c.width} is not a multiple of --heads {c.heads}")
+    if c.vocab_size < 257:
+        raise ConfigError(
+            f"--vocab-size must be at least 257 (256 bytes and EOS), got {c.vocab_size}"
+        )
     positions = c.max_prompt + c.max_response
     weights = 12 * c.layers * c.width**2 + (c.vocab_size + positions) * c.width
     if weights > MOST_WEIGHTS:
@@ -331,6 +378,8 @@ def settings_read(c: Config) -> dict[str, Any]:
         unread |= {"sample_temperature", "iterate"} if c.data else {"sample_temperature"}
     if c.tokenizer != "bpe":
         unread.add("vocab_size")
+    if not c.reference_steps:
+        unread |= {"reference_lr", "reference_batch"}
     if OBJECTIVES[c.objective].loss is None:
         unread |= set("candidates evolve iterate reward_norm shuffle_prompts steps lr clip".split())
         unread |= {"sample_temperature", "eval_every", "batch_size"}
@@ -351,7 +400,8 @@ def run_settings(c: Config) -> dict[str, Any]:
     return {k: v for k, v in vars(c).items() if k not in ("out", "resume")}
 
 
-FILES = ("data", "eval_data", "reward")  # they may move: a checkpoint is held to what is in them
+# They may move: a checkpoint is held to what is in them.
+FILES = ("data", "eval_data", "reward", "init")
 
 
 def difference(there: dict, here: dict) -> str:

@@ -18,6 +18,7 @@ import data
 import model as models
 from data import DataError, Example, Task
 from harness.config import Config, ConfigError, learn_from_singles, why_lists
+from harness.pretrained import Pretrained, read_folder
 from harness.reward import task_of_files
 from objectives import OBJECTIVES
 
@@ -30,7 +31,8 @@ class World:
     task: Task | None
     allowed: Tensor | None  # [max_response, V] bool, where a task allows some tokens only
     max_response: int
-    ranks: dict | None = None  # of enc; None for gpt2
+    ranks: dict | None = None  # of enc, where it is ours
+    init: Pretrained | None = None  # what the reference starts from, unless it is fresh
     logged: list[Example] = ()  # the reference is trained on
     train: list[Example] = ()  # prompts of a task that the policy reads first, to look at it there
     # Of a task the prompts of each round, with --evolve 0 logged lists; of files, their lists.
@@ -68,14 +70,12 @@ def make_world(c: Config) -> World:
         ]
         first = task.prompts("train", len(records), min(1000, len(task.train)))
 
-    # The tokenizer: tiktoken's own, the task's words, or a BPE trained on the run's own text.
-    ranks = None
-    if c.tokenizer == "gpt2":
+    # The tokenizer: of --init, tiktoken's own, the task's words, or a BPE of the run's own text.
+    ranks, init = None, read_folder(c.init) if c.init else None
+    if init:
+        enc, ranks = init.encoding(), init.ranks()
+    elif c.tokenizer == "gpt2":
         enc = data.gpt2_encoding()
-        if task and task.words:
-            raise ConfigError(
-                f"--task {c.task} has its own fixed vocabulary: leave --tokenizer at bpe"
-            )
     elif task and task.vocabulary:
         ranks = data.word_ranks(task.vocabulary)
     else:
@@ -83,6 +83,9 @@ def make_world(c: Config) -> World:
         texts = (t for r in some for t in [r["prompt"], *(" " + y for y in r["responses"])])
         ranks = data.train_bpe(texts, c.vocab_size)
     enc = data.encoding(ranks) if ranks else enc
+    if task and task.words and ranks != data.word_ranks(task.vocabulary):
+        way = "--init takes a run on it" if init else "leave --tokenizer at bpe"
+        raise ConfigError(f"--task {c.task} has its own fixed vocabulary: {way}")
     if task and task.words and c.max_response < task.max_response:
         raise ConfigError(
             f"--task {c.task} needs --max-response {task.max_response}, got {c.max_response}"
@@ -91,7 +94,8 @@ def make_world(c: Config) -> World:
     def tokens(records, say=lambda line: None):
         return data.tokenize(records, enc, c.max_prompt, c.max_response, say)
 
-    allowed = data.allowed_tokens(task, enc) if task else None
+    longest = min(c.max_response, task.max_response) if task else c.max_response
+    allowed = data.allowed_tokens(task, enc, longest, init.config.vocab_size if init else 0)
     logged = tokens(records, print) if c.data else tokens(records)
     if c.data and not c.reward:
         check_lists(c, records, logged)
@@ -106,8 +110,9 @@ def make_world(c: Config) -> World:
         rounds=[logged if lists is records else tokens(lists) for lists in rounds],
         heldout=tokens(unanswered(task.heldout) if task else heldout),
         ood=tokens(unanswered(task.ood)) if task else [],
+        init=init,
         allowed=None if allowed is None else allowed.to(c.device),
-        max_response=min(c.max_response, task.max_response) if task else c.max_response,
+        max_response=longest,
         fingerprint=hashlib.sha256(json.dumps([records, heldout]).encode()).hexdigest(),
         rounds_fingerprint=hashlib.sha256((json.dumps(rounds) + source).encode()).hexdigest(),
     )

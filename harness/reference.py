@@ -20,10 +20,12 @@ from model import GPT, GPTConfig, response_logps
 
 
 def new_model(c: Config, world: World) -> nn.Module:
-    """A model of the configured size with fresh weights, drawn from the seed alone."""
+    """A model of the configured size, or of --init's, with weights drawn from the seed alone."""
     enc, size = world.enc, {"layers": c.layers, "heads": c.heads, "width": c.width}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
+        if world.init:
+            return world.init.new_model().to(c.device)
         if c.model == "gpt":
             context = c.max_prompt + c.max_response
             config = GPTConfig(enc.n_vocab, context, eos=enc.eot_token, **size)
@@ -39,6 +41,8 @@ def new_model(c: Config, world: World) -> nn.Module:
 def train_reference(c: Config, world: World) -> nn.Module:
     """SFT on the logged responses, good and bad alike: mean negative log-likelihood per token."""
     model = new_model(c, world)
+    if world.init:
+        model.load_state_dict(world.init.weights())
     groups = [{"params": list(model.parameters()), "peak": c.reference_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     progress, batches, epoch = Progress("reference", c.reference_steps), [], 0
@@ -60,7 +64,7 @@ def train_reference(c: Config, world: World) -> nn.Module:
 
 SOURCES = (
     "model t5 data tasks files containers formats records harness.pool harness.update "
-    "harness.reference"
+    "harness.reference harness.pretrained"
 ).split()
 SETTINGS = (
     "max_prompt max_response model layers heads width tokenizer vocab_size reference_steps "
@@ -82,6 +86,8 @@ def cache_key(c: Config, world: World) -> dict[str, str]:
         "seed": str(c.seed),
         "texts": world.fingerprint[:16],
     }
+    if world.init and c.reference_steps:
+        key["weights of --init"] = world.init.digest()[:16]
     return key | {flag(name): str(getattr(c, name)) for name in SETTINGS}
 
 
@@ -95,6 +101,9 @@ def get_reference(
     """
     if checkpoint:
         return _own_reference(c, world, checkpoint["reference"])
+    if world.init and not c.reference_steps:
+        print(f"reference: {c.init}")
+        return train_reference(c, world).eval()
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = Path(c.out).parent / "reference"
     path = folder / f"{name}.pt"

@@ -46,7 +46,7 @@ def world_of_coins(task=True):
         breakdown=lambda prompt, response: {"praise": float("good" in response)},
         words=["good", "bad"],
     )
-    world = pool.World(enc, coins if task else None, data.allowed_tokens(coins, enc), 2)
+    world = pool.World(enc, coins if task else None, data.allowed_tokens(coins, enc, 2), 2)
     world.heldout = asked(world, "x", "y")
     return world
 

@@ -366,7 +366,7 @@ def test_another_generator_gives_another_order_and_alike_lengths_share_a_batch()
 def test_tiny_has_584_responses_and_they_are_what_its_tokens_allow():
     task = tasks.make_task("tiny")
     enc = data.encoding(data.word_ranks(task.vocabulary))
-    allowed, eos = data.allowed_tokens(task, enc), enc.eot_token
+    allowed, eos = data.allowed_tokens(task, enc, task.max_response), enc.eot_token
     assert allowed.shape == (task.max_response, enc.n_vocab) == (4, enc.n_vocab)
     choices = [row.nonzero().flatten().tolist() for row in allowed]
     assert choices[3] == [eos] and eos not in choices[0] and eos in choices[1] and eos in choices[2]
@@ -386,4 +386,4 @@ def test_tiny_has_584_responses_and_they_are_what_its_tokens_allow():
 def test_other_tasks_allow_every_token():
     for name in ("dialogue", "summary"):
         task = tasks.make_task(name)
-        assert data.allowed_tokens(task, ENCODING) is None
+        assert data.allowed_tokens(task, ENCODING, task.max_response) is None

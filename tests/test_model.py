@@ -307,7 +307,7 @@ def test_the_584_responses_of_tiny_sum_to_one(scale):
     model = random_model(scale=scale, **size)
     prompts = [enc.encode_ordinary(split[0]) for split in (task.heldout, task.ood)]
     batch = make_batch([Example("", x, responses, [0.0] * 584) for x in prompts], enc.eot_token)
-    allowed = data.allowed_tokens(task, enc)
+    allowed = data.allowed_tokens(task, enc, task.max_response)
     with torch.no_grad():
         logps = response_logps(model.float(), batch, allowed)
         assert (logps.double().exp().sum(-1) - 1).abs().max() < 1e-6

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import LISTS, ROOT, checkpoint, flags, write
 
+from data import DataError
 from experiments import sample
 from harness import run
 from harness.config import ConfigError
@@ -51,6 +52,7 @@ def test_damaged_files_of_a_run_are_one_line(copied):
         "checkpoint.pt": [b"", b"x", [], narrow],
         "reference.pt": [b"", [], other],
         "config.json": [b"", b"null", json.dumps({**config, "width": "x"}).encode()],
+        "model.json": [b"", b"null", b'{"model": "gpt", "wide": 1}'],
         "tokenizer.txt": [b"\xff", b"x", b"IQ== x\n"],
     }
     for name, contents in damages.items():
@@ -60,7 +62,7 @@ def test_damaged_files_of_a_run_are_one_line(copied):
                 (copied / name).write_bytes(content)
             else:
                 torch.save(content, copied / name)
-            with pytest.raises(ConfigError, match=r"damaged|differ") as error:
+            with pytest.raises((ConfigError, DataError), match=r"damaged|differ") as error:
                 sample.answers(str(copied), PROMPT, 1)
             assert "\n" not in str(error.value)
         (copied / name).write_bytes(whole)

@@ -241,7 +241,9 @@ def test_the_584_responses_of_tiny_sum_to_one():
     example = Example("", prompt, tiny_responses(enc, task), [0.0] * 584)
     batch = make_batch([example], enc.eot_token)
     with torch.no_grad():
-        logps = response_logps(model, batch, data.allowed_tokens(task, enc)).double()
+        logps = response_logps(
+            model, batch, data.allowed_tokens(task, enc, task.max_response)
+        ).double()
     assert (logps.exp().sum(-1) - 1).abs().max() < 1e-6 and logps.exp().std() > 1e-4
 
 

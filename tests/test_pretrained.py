@@ -1,0 +1,454 @@
+"""Models that are there already: transformers' own GPT-2 and T5 give the same logits here."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from helpers import failing, small, write
+
+import data
+import train
+from harness import pretrained
+from harness.command_line import command_line
+from harness.config import Config, ConfigError, resolve
+from harness.pool import make_world
+from harness.pretrained import HubEncoding, hub_name, read_folder
+from model import response_logps, sample
+
+transformers = pytest.importorskip("transformers", reason="the oracle: pip install transformers")
+tokenizers = pytest.importorskip("tokenizers", reason="it reads a tokenizer.json")
+
+TEXTS = [text for r in data.make_task("dialogue").logged(0, 300) for text in r["responses"]]
+EOS = "<|endoftext|>"
+
+
+def byte_level(vocab_size=300):
+    """A tokenizer as GPT-2's, trained on a few sentences."""
+    own = tokenizers.Tokenizer(tokenizers.models.BPE())
+    own.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet
+    )
+    own.train_from_iterator(TEXTS, trainer)
+    return own
+
+
+def sentence_pieces(vocab_size=200):
+    """A tokenizer as T5's: pieces of words, <pad> 0, </s> 1, put at the end unless told not to."""
+    own = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    own.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"
+    )
+    own.train_from_iterator(TEXTS, trainer)
+    end = [("</s>", own.token_to_id("</s>"))]
+    own.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=end)
+    return own
+
+
+def random_weights(model):
+    """Every weight, norms and biases too, somewhere else than where it began."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """(folder, transformers' model): a small random GPT-2 with a tokenizer of its own."""
+    folder, own = tmp_path_factory.mktemp("gpt2"), byte_level()
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=own.get_vocab_size() + 3,
+        n_positions=96,
+        n_embd=12,
+        n_layer=2,
+        n_head=3,
+        bos_token_id=own.token_to_id(EOS),
+        eos_token_id=own.token_to_id(EOS),
+    )
+    other = random_weights(transformers.GPT2LMHeadModel(config))
+    other.save_pretrained(folder)
+    own.save(str(folder / "tokenizer.json"))
+    return folder, other
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """(folder, transformers' model): a small random T5 v1.1 whose head is not its embedding."""
+    folder, own = tmp_path_factory.mktemp("t5"), sentence_pieces()
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=own.get_vocab_size() + 5,
+        d_model=12,
+        d_kv=5,
+        d_ff=17,
+        num_layers=2,
+        num_heads=3,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    other = transformers.T5ForConditionalGeneration(config)
+    other.lm_head = torch.nn.Linear(12, config.vocab_size, bias=False)
+    random_weights(other)
+    config.save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["scale_decoder_outputs"]  # as FLAN's own file, which is older
+    (folder / "config.json").write_text(json.dumps(saved | {"tie_word_embeddings": False}))
+    torch.save(other.state_dict(), folder / "pytorch_model.bin")
+    own.save(str(folder / "tokenizer.json"))
+    return folder, other
+
+
+def model_of(folder):
+    found = read_folder(folder)
+    model = found.new_model()
+    model.load_state_dict(found.weights())
+    return model.eval(), found.encoding()
+
+
+PROMPT, RESPONSES = [5, 7, 11, 13, 17, 19, 23], [[3, 29, 31, 37, 41], [43, 47, 2, 53, 59]]
+
+
+def ours(model):
+    """Logits [2, 5, V] of two responses."""
+    prompt = torch.tensor([PROMPT])
+    return model(prompt, torch.ones_like(prompt, dtype=torch.bool), torch.tensor([RESPONSES]))[0]
+
+
+# ---------------------------------------------------------------------------------- the same logits
+
+
+@torch.no_grad()
+def test_a_gpt2_gives_the_logits_that_transformers_gives(gpt2):
+    folder, other = gpt2
+    model, _ = model_of(folder)
+    whole = torch.tensor([PROMPT + y for y in RESPONSES])
+    theirs = other(whole).logits[:, len(PROMPT) - 1 : -1]
+    torch.testing.assert_close(ours(model), theirs, atol=1e-5, rtol=0)
+    assert theirs.std() > 0.1  # they say something
+
+
+@torch.no_grad()
+def test_a_t5_gives_the_logits_that_transformers_gives(t5):
+    folder, other = t5
+    model, _ = model_of(folder)
+    prompt, start = torch.tensor([PROMPT] * 2), torch.zeros(2, 1, dtype=torch.long)
+    read = torch.cat([start, torch.tensor(RESPONSES)[:, :-1]], 1)
+    mask = torch.ones_like(prompt)
+    theirs = other(input_ids=prompt, attention_mask=mask, decoder_input_ids=read).logits
+    torch.testing.assert_close(ours(model), theirs, atol=1e-5, rtol=0)
+    assert theirs.std() > 0.1
+
+
+def test_weights_may_lie_in_pieces_without_a_prefix_and_in_half_precision(gpt2, tmp_path):
+    folder, other = gpt2
+    there = {name.removeprefix("transformer."): w.half() for name, w in other.state_dict().items()}
+    there["h.0.attn.bias"] = torch.ones(96, 96).tril()  # a mask that old files hold
+    pieces = {"one.bin": {}, "two.bin": {}}
+    for k, (name, weight) in enumerate(there.items()):
+        pieces[f"{('one', 'two')[k % 2]}.bin"][name] = weight
+    for piece, weights in pieces.items():
+        torch.save(weights, tmp_path / piece)
+    index = {name: piece for piece, weights in pieces.items() for name in weights}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    shutil.copy(folder / "config.json", tmp_path)
+    found, whole = read_folder(tmp_path).weights(), read_folder(folder).weights()
+    assert found.keys() == whole.keys()
+    for name, weight in found.items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, whole[name].half().float(), atol=0, rtol=0)
+
+
+def test_a_t5_without_a_head_of_its_own_reads_the_embedding_as_one(t5, tmp_path):
+    folder, other = t5
+    state = {k: w for k, w in other.state_dict().items() if k != "lm_head.weight"}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    saved = json.loads((folder / "config.json").read_text())
+    saved |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}  # as transformers 5
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    found = read_folder(tmp_path).weights()
+    assert torch.equal(found["lm_head.weight"], found["shared.weight"])
+
+
+# ------------------------------------------------------------------------------------ the tokenizer
+
+
+@pytest.mark.parametrize("which", ["gpt2", "t5"])
+def test_a_tokenizer_does_the_four_things_that_are_asked_of_tiktokens(which, request):
+    folder, other = request.getfixturevalue(which)
+    enc = read_folder(folder).encoding()
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert enc.eot_token == other.config.eos_token_id
+    assert enc.n_vocab == theirs.get_vocab_size() < other.config.vocab_size
+    text = "The Chedden pie was very heavy. It was not fresh."
+    assert enc.decode(enc.encode_ordinary(text)) == text
+    assert enc.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert enc.encode_ordinary("") == []
+
+
+@pytest.mark.parametrize(("which", "special"), [("gpt2", EOS), ("t5", "</s>")])
+def test_text_that_looks_like_a_special_token_stays_text(which, special, request):
+    folder, _ = request.getfixturevalue(which)
+    enc = read_folder(folder).encoding()
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert enc.eot_token in theirs.encode(f"a {special}", add_special_tokens=False).ids
+    ids = enc.encode_ordinary(f"a {special}")
+    assert enc.eot_token not in ids and len(ids) > 3
+    assert enc.decode([enc.eot_token]) == special
+
+
+def test_gpt2s_own_vocabulary_is_tiktokens(tmp_path, monkeypatch):
+    config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 64, "n_embd": 8}
+    config |= {"n_layer": 1, "n_head": 1, "eos_token_id": 50256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stand_in = data.encoding({bytes([b]): b for b in range(256)})
+    monkeypatch.setattr(data, "gpt2_encoding", lambda: stand_in)
+    assert read_folder(tmp_path).encoding() is stand_in
+    own = byte_level()
+    own.save(str(tmp_path / "tokenizer.json"))  # the same size by chance, and other words
+    assert isinstance(read_folder(tmp_path).encoding(), HubEncoding)
+    vocabulary = {"\u0120the": 262, "a": 0}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    assert read_folder(tmp_path).encoding() is stand_in
+
+    def no_network():
+        raise data.DataError("no network")
+
+    monkeypatch.setattr(data, "gpt2_encoding", no_network)
+    assert isinstance(read_folder(tmp_path).encoding(), HubEncoding)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(data.DataError, match="no network"):
+        read_folder(tmp_path).encoding()
+
+
+@pytest.mark.parametrize("which", ["gpt2", "t5"])
+def test_ids_beyond_the_tokenizers_are_never_sampled_and_have_no_share(which, request):
+    folder, _ = request.getfixturevalue(which)
+    model, enc = model_of(folder)
+    V = model.config.vocab_size
+    allowed = data.allowed_tokens(None, enc, 6, V)
+    assert allowed.shape == (6, V) and allowed.sum(-1).tolist() == [enc.n_vocab] * 6
+    assert data.allowed_tokens(None, enc, 6, enc.n_vocab) is None
+    with torch.no_grad():  # all but one of the last ids is what it would say
+        last = model.lm_head.weight if which == "t5" else model.wte.weight
+        last[enc.n_vocab :] *= 100.0
+    prompt = torch.tensor([PROMPT])
+    where = prompt, torch.ones_like(prompt, dtype=torch.bool), 200, 6
+    assert sample(model, *where, torch.Generator().manual_seed(0))[0].max() >= enc.n_vocab
+    ids, mask = sample(model, *where, torch.Generator().manual_seed(0), allowed=allowed)
+    assert ids.max() < enc.n_vocab
+    # One token more: over the ids that are left, log pi is normalised.
+    responses = [[[i] for i in range(enc.n_vocab)]]
+    batch = data.make_batch([data.Example("", PROMPT, responses[0], [0.0] * enc.n_vocab)], 0)
+    total = response_logps(model, batch, allowed).double().logsumexp(-1)
+    assert math.isclose(total.item(), 0.0, abs_tol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- a run
+
+SHORT = {"max_prompt": 40, "max_response": 24, "layers": None, "heads": None, "width": None}
+SHORT |= {"task": "dialogue", "reference_steps": None, "steps": 4, "eval_samples": 4}
+ROWS = [
+    {"prompt": f"How was {i}?", "responses": ["It was fine.", "No."], "rewards": [1.0, i % 2]}
+    for i in range(60)
+]
+REWARD = """
+def variety(prompt, response):
+    return len(set(response)) / 10
+"""
+
+
+@pytest.mark.parametrize("which", ["gpt2", "t5"])
+@pytest.mark.parametrize("objective", ["lire", "dro"])
+def test_a_run_starts_from_it_and_ends_well(which, objective, request, tmp_path, capsys):
+    folder, _ = request.getfixturevalue(which)
+    (tmp_path / "mine.py").write_text(REWARD)
+    settings = {**SHORT, "init": str(folder), "objective": objective, "lr": 1e-2}
+    settings |= {"data": [str(write(tmp_path, *ROWS))], "reward": f"{tmp_path}/mine.py:variety"}
+    settings |= {"vocab_size": None, "evolve": 2, "task": "dialogue"}
+    metrics = train.main(small(tmp_path / "run", **settings))
+    assert f"reference: {folder}" in capsys.readouterr().out
+    assert metrics["kl"] > 0 and math.isfinite(metrics["policy_reward"])
+    # The reference is that model, and nothing of it is trained.
+    reference = torch.load(tmp_path / "run" / "reference.pt", weights_only=True)
+    weights = read_folder(folder).weights()
+    assert all(torch.equal(reference[name], weights[name]) for name in weights)
+    assert not (tmp_path / "reference").exists()
+    policy = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["policy"]
+    assert any(not torch.equal(policy[name], weights[name]) for name in weights)
+
+
+def test_a_file_and_steps_of_sft(gpt2, tmp_path):
+    folder, _ = gpt2
+    settings = {**SHORT, "task": "dialogue", "init": str(folder), "vocab_size": None}
+    settings |= {"data": [str(write(tmp_path, *ROWS))], "reference_steps": 3}
+    metrics = train.main(small(tmp_path / "run", **settings))
+    assert math.isfinite(metrics["top1_reward_policy_sum"])
+    reference = torch.load(tmp_path / "run" / "reference.pt", weights_only=True)
+    weights = read_folder(folder).weights()
+    assert not torch.equal(reference["wte.weight"], weights["wte.weight"])
+    cached = [json.loads(path.read_text()) for path in (tmp_path / "reference").glob("*.json")]
+    assert [key["weights of --init"] for key in cached] == [read_folder(folder).digest()[:16]]
+
+
+def test_a_run_of_ours_is_a_model_to_start_from(tmp_path):
+    first, second, third = (tmp_path / name for name in ("one", "two", "three"))
+    train.main(small(first, steps=3, model="t5"))
+    settings = {"layers": None, "heads": None, "width": None, "reference_steps": None}
+    train.main(small(second, steps=3, init=str(first), **settings))
+    policy = torch.load(first / "checkpoint.pt", weights_only=True)["policy"]
+    reference = torch.load(second / "reference.pt", weights_only=True)
+    assert policy.keys() == reference.keys()
+    assert all(torch.equal(policy[name], reference[name]) for name in policy)
+    assert (first / "tokenizer.txt").read_text() == (second / "tokenizer.txt").read_text()
+    train.main(small(third, steps=3, init=str(second), **settings))  # and that one is too
+
+
+def test_a_run_from_a_folder_hands_its_tokenizer_on(gpt2, tmp_path):
+    folder, other = gpt2
+    train.main(small(tmp_path / "one", **SHORT | {"init": str(folder), "steps": 2}))
+    model, enc = model_of(tmp_path / "one")
+    assert isinstance(enc, HubEncoding) and enc.eot_token == other.config.eos_token_id
+    text = "It was heavy."
+    assert enc.encode_ordinary(text) == read_folder(folder).encoding().encode_ordinary(text)
+
+
+def test_a_resumed_run_goes_on_to_the_same_bits_and_the_folder_may_move(gpt2, tmp_path):
+    folder, _ = gpt2
+    whole = train.main(small(tmp_path / "a", **SHORT | {"init": str(folder), "eval_every": 2}))
+    with failing(4), pytest.raises(OSError):
+        train.main(small(tmp_path / "b", **SHORT | {"init": str(folder), "eval_every": 2}))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    again = train.main(command_line(["--resume", str(tmp_path / "b"), "--init", str(moved)]))
+    assert again["policy_reward"] == whole["policy_reward"] and again["kl"] == whole["kl"]
+
+
+# ------------------------------------------------------------------------------------ what it says
+
+
+def test_defaults_with_a_folder_and_with_a_run(gpt2, tmp_path):
+    folder, other = gpt2
+    hub = resolve(Config(init=str(folder), max_prompt=64, max_response=32))
+    assert (hub.model, hub.layers, hub.heads, hub.width) == ("gpt", 2, 3, 12)
+    assert (hub.reference_steps, hub.tokenizer, hub.vocab_size) == (0, None, None)
+    fresh = resolve(Config())
+    assert math.isclose(hub.lr, fresh.lr / 100)
+    assert math.isclose(hub.reference_lr, fresh.reference_lr / 100)
+    train.main(small(tmp_path / "one", steps=2, model="t5"))
+    run = resolve(Config(init=str(tmp_path / "one"), task="tiny"))
+    assert run.model == "t5" and run.lr == resolve(Config(model="t5", task="tiny")).lr
+
+
+def refusal(*options):
+    with pytest.raises((ConfigError, data.DataError)) as e:
+        make_world(resolve(command_line(list(map(str, options)))))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_what_does_not_fit_the_folder_is_refused(gpt2, tmp_path):
+    folder, _ = gpt2
+    init = ["--init", folder, "--max-prompt", 40, "--max-response", 24]
+    assert "its layers is 2" in refusal(*init, "--layers", 3)
+    assert "its model is gpt" in refusal(*init, "--model", "t5")
+    assert "its vocab size is its own" in refusal(*init, "--vocab-size", 300)
+    assert "its tokenizer is its own" in refusal(*init, "--tokenizer", "gpt2")
+    resolve(command_line(list(map(str, [*init, "--layers", 2]))))  # nothing else than it has
+    said = refusal("--init", folder, "--max-prompt", 64, "--max-response", 33)
+    assert "reads 96 tokens" in said and "are 97" in said
+    assert "--init takes a run on it" in refusal(*init, "--task", "tiny")
+
+
+def edited(folder, tmp_path, **changes):
+    """A copy of a folder with another config.json."""
+    copy = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("which", "changes", "said"),
+    [
+        ("gpt2", {"model_type": "llama"}, "'llama', expected gpt2, t5"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("gpt2", {"n_inner": 7}, "n_inner is 7, expected None or 48"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"eos_token_id": None}, "eos_token_id is None"),
+        ("gpt2", {"eos_token_id": 9999}, "eos_token_id is 9999"),
+        ("gpt2", {"n_embd": "wide"}, "is damaged"),
+        ("t5", {"feed_forward_proj": "relu"}, "'relu', expected 'gated-gelu'"),
+        ("t5", {"tie_word_embeddings": True}, "scale_decoder_outputs is True"),
+        ("t5", {"num_decoder_layers": 1}, "num_decoder_layers is 1, expected 2"),
+        ("t5", {"relative_attention_max_distance": 64}, "relative_attention_max_distance is 64"),
+    ],
+)
+def test_another_architecture_is_named_and_refused(which, changes, said, request, tmp_path):
+    folder, _ = request.getfixturevalue(which)
+    size = ["--max-prompt", 40, "--max-response", 24]
+    assert said in refusal("--init", edited(folder, tmp_path, **changes), *size)
+
+
+def test_a_damaged_folder_is_one_line(gpt2, tmp_path):
+    folder, _ = gpt2
+    size = ["--max-prompt", 40, "--max-response", 24]
+    assert "is no folder" in refusal("--init", tmp_path / "nothing", *size)
+    assert "config.json is not there" in refusal("--init", tmp_path, *size)
+    copy = edited(folder, tmp_path)
+    (copy / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is damaged" in refusal("--init", copy, *size)
+    (copy / "tokenizer.json").unlink()
+    assert "no tokenizer.json" in refusal("--init", copy, *size)
+    for content in ("{", "[]", '{"a": 1}', "null"):
+        (copy / "config.json").write_text(content)
+        assert "no 'model_type' in it" in refusal("--init", copy, *size)
+    byte_level(500).save(str((copy := edited(folder, tmp_path)) / "tokenizer.json"))
+    assert "its tokenizer has 500 tokens, its model 303" in refusal("--init", copy, *size)
+
+
+def weights_refused(folder):
+    with pytest.raises(data.DataError) as e:
+        read_folder(folder).weights()
+    return str(e.value)
+
+
+def test_weights_that_do_not_fit_are_one_line(gpt2, tmp_path):
+    folder, other = gpt2
+    copy = edited(folder, tmp_path, n_layer=3)
+    assert "h.2.ln_1.weight is missing" in weights_refused(copy)
+    copy = edited(folder, tmp_path, n_positions=97)
+    assert "wpe.weight is [96, 12], its config says [97, 12]" in weights_refused(copy)
+    (copy / "model.safetensors").write_bytes(b"nothing")
+    assert "can't be read" in weights_refused(copy)
+    (copy / "model.safetensors").unlink()
+    assert "no model.safetensors and no pytorch_model.bin" in weights_refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("package", "what"), [("safetensors", "weights"), ("tokenizers", "encoding")]
+)
+def test_an_optional_package_that_is_absent_is_named(package, what, gpt2, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.torch", None)
+    with pytest.raises(data.DataError, match=f"needs {package}: pip install {package}"):
+        getattr(read_folder(gpt2[0]), what)()
+
+
+def test_every_weight_has_a_name_elsewhere_and_no_two_the_same():
+    with pytest.raises(KeyError):
+        hub_name("decoder.blocks.0.other.weight")
+    for kind in (pretrained.GPT(pretrained.GPTConfig()), pretrained.T5(pretrained.T5Config())):
+        names = [hub_name(name) for name in kind.state_dict()]
+        assert len(names) == len(set(names))
