@@ -5,6 +5,7 @@
     python -m experiments.bench                             default and 5 M model, four shapes,
                                                             15 pairs
     python -m experiments.bench --model gpt2 --device cuda  the 124 M GPT-2 size
+    python -m experiments.bench --peer hf                   against transformers; trl: against TRL
 
 `once` is an update (forward and backward, no optimiser) as the project does it: the prompt read
 once, its M responses attend to it. `repeated` is the same model given B * M prompts with one
@@ -25,15 +26,11 @@ the start is printed. Writes results/bench.json, or with --quick out/bench.json.
 """
 
 import argparse
+import importlib.util
 import json
-import multiprocessing
 import os
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,16 @@ from torch import Tensor, nn
 
 import data
 import model as models
+from experiments import peers
 from experiments.cells import write_results
+from experiments.timing import (
+    in_own_process,
+    peak_flops,
+    peak_memory,
+    quartiles,
+    spread,
+    timed_pairs,
+)
 from harness.pool import set_numerics
 from train import Config
 
@@ -158,56 +164,6 @@ def sample_uncached(
     return ids.view(B, M, max_tokens)
 
 
-def timed(call: Callable, device: str) -> float:
-    """Seconds of call()."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - began
-
-
-def timed_pairs(
-    first: Callable, second: Callable, pairs: int, device: str
-) -> tuple[list[float], list[float]]:
-    """Seconds of first() and of second(), `pairs` times each, after one run that is not measured.
-
-    They run in turn, and the order is turned round every time.
-    """
-    first(), second()
-    times = [], []
-    for i in range(pairs):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            times[which].append(timed((first, second)[which], device))
-    return times
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """[first quartile, median, third quartile]; a single number is all three."""
-    if len(values) == 1:
-        return [values[0]] * 3
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
-def peak_flops(device: str) -> float:
-    """The most floating-point operations a second of a few large float32 matrix products."""
-    best = 0.0
-    for n in (1024, 2048) if device == "cpu" else (4096, 8192):
-        left, right = torch.rand(2, n, n, device=device)
-        product = lambda left=left, right=right: left @ right
-        best = max(best, *(2 * n**3 / timed(product, device) for _ in range(8)))
-    return best
-
-
-def peak_memory(device: str) -> float:
-    """The most memory that this process has held so far, in MB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def memory_of(name: str, shape: tuple[int, int, int], device: str, which: int) -> float:
     """Peak memory of two updates above what was held before, in MB.
 
@@ -219,15 +175,6 @@ def memory_of(name: str, shape: tuple[int, int, int], device: str, which: int) -
     for _ in range(2):
         update(model, batches[which])
     return peak_memory(device) - before
-
-
-def in_own_process(call: Callable, *args: Any) -> Any:
-    """call(*args) in a new process.
-
-    The parent must be small still: a child's ru_maxrss starts at its parent's resident set.
-    """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, *args).result()
 
 
 def measure(
@@ -281,12 +228,6 @@ def measure(
     return row
 
 
-def spread(values: Sequence[float], scale: float = 1, digits: int = 2) -> str:
-    """Quartiles as text: median [first, third]."""
-    first, median, third = (f"{value * scale:.{digits}f}" for value in values)
-    return f"{median} [{first} {third}]"
-
-
 COLUMNS = [  # title, width, text of a row
     ("model", 8, lambda row: row["model"]),
     ("B", 3, lambda row: row["B"]),
@@ -318,6 +259,50 @@ def show(row: dict[str, Any]) -> str:
     return line
 
 
+PEERS = {  # name -> (packages, cases)
+    "hf": ("transformers", [("default", SHAPES[1]), ("5m", SHAPES[0]), ("gpt2", SHAPES[0])]),
+    "trl": ("trl datasets", [("5m", SHAPES[3])]),
+}
+
+
+PEER_COLUMNS = [  # title, width, text of a row
+    *COLUMNS[:5],
+    ("ms ours", 20, lambda row: spread(row["ours"], 1e3, 0)),
+    ("ms theirs", 20, lambda row: spread(row["theirs"], 1e3, 0)),
+    ("theirs / ours", 18, lambda row: spread(row["ratio"])),
+    ("tokens", 7, lambda row: f"{row['token_ratio']:.2f}"),
+    ("FLOPs", 7, lambda row: f"{row['flops_ratio']:.2f}" if row["flops_ratio"] else "-"),
+]
+
+
+def peer_row(peer: str, name: str, shape: tuple[int, int, int], pairs: int, device: str) -> dict:
+    """One row of the table against another library."""
+    model, once, _ = setup(name, shape, device)
+    B, (M, S, R) = len(once.prompt_ids), shape
+    row = {"model": name, "B": B, "M": M, "S": S, "R": R, "pairs": pairs, "flops_ratio": None}
+    row["token_ratio"] = token_ratio(M, S, R)
+    if peer == "trl":
+        return row | peers.trl_row(model, B, S, R, pairs)
+    flops = useful_flops(model.config, B, M, S, R)
+    row["flops_ratio"] = peers.hf_flops(model.config, B, M, S, R) / flops
+    return row | peers.hf_row(model, once, pairs, device)
+
+
+def against(peer: str, cases: list, pairs: int | None, device: str, command: str) -> dict:
+    """Measure against another library, print, write results/bench-PEER.json. Returns it."""
+    set_numerics(Config(device=device))
+    load, rows = os.getloadavg()[0], []
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f}")
+    print("".join(f"{title:>{width}}" for title, width, _ in PEER_COLUMNS))
+    for name, shape in cases:
+        row = peer_row(peer, name, shape, pairs or MODELS[name][1], device)
+        rows.append(row)
+        print("".join(f"{text(row)!s:>{width}}" for _, width, text in PEER_COLUMNS), flush=True)
+    result = {"torch": torch.__version__, "load": load, "rows": rows}
+    write_results(f"bench-{peer}", command, result)
+    return result
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write results/bench.json, or with --quick out/bench.json. Returns it."""
     parser = argparse.ArgumentParser(
@@ -333,6 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         action="store_true",
         help="the first shape, the default model and 3 pairs, where not said otherwise",
     )
+    parser.add_argument("--peer", choices=PEERS, help="measure against another library")
     args = parser.parse_args(argv)
     try:
         shapes = SHAPES[:1] if args.quick else SHAPES
@@ -346,6 +332,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parser.error(f"--pairs {args.pairs}: expected 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    options = " ".join(sys.argv[1:] if argv is None else argv)
+    command = f"python -m experiments.bench {options}".strip()
+    if args.peer:
+        packages, cases = PEERS[args.peer]
+        if not all(map(importlib.util.find_spec, packages.split())):
+            parser.error(f"--peer {args.peer} needs: pip install {packages}")
+        if args.model or args.shapes:
+            cases = [(name, shape) for name in args.model or ["default"] for shape in shapes]
+        return against(args.peer, cases, args.pairs, args.device, command)
     names = args.model or (["default"] if args.quick else ["default", "5m"])
     cases = [(name, shape) for name in names for shape in shapes]
 
@@ -387,8 +382,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         Path("out").mkdir(exist_ok=True)
         Path("out/bench.json").write_text(json.dumps(result, indent=1))
     else:
-        options = " ".join(sys.argv[1:] if argv is None else argv)
-        write_results("bench", f"python -m experiments.bench {options}".strip(), result)
+        write_results("bench", command, result)
     return result
 
 
