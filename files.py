@@ -108,6 +108,9 @@ class Reading:
             # Lone surrogates, legal in JSON and in nothing else, become question marks.
             texts = [text.encode("utf-8", "replace").decode() for text in texts]
             record["prompt"], record["responses"] = texts[0], texts[1:]
+        if len(texts) > 1 and all(map(str.strip, texts)):
+            self.keep(record, line)
+            return
         kept = [j for j, text in enumerate(record["responses"]) if text.strip()]
         if not kept or not record["prompt"].strip():
             self.blank.append(line)

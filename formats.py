@@ -32,6 +32,7 @@ from records import (
 )
 
 PROMPT = "prompt|query|instruction|question"
+PROMPTS = frozenset(PROMPT.split("|"))
 REPLY, SCORE = "response|completion|answer|output", "reward|score|rating"
 
 # -------------------------------------------------------------------------------------------- lists
@@ -183,7 +184,7 @@ def read_preference(row: dict) -> dict:
     scores = None
     if "score_chosen" in row and "score_rejected" in row:
         scores = (row["score_chosen"], row["score_rejected"])
-    if any(name in row for name in PROMPT.split("|")):
+    if not PROMPTS.isdisjoint(row):
         prompt = get(row, PROMPT)
         if isinstance(prompt, str) and row.get("system"):
             prompt = [_turn("system", row["system"]), _turn("user", prompt)]

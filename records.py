@@ -50,6 +50,8 @@ class Cell(str):
 
 def name_of(row: dict, names: str) -> str:
     """The first name of "prompt|query" that the row has."""
+    if names in row:  # a single one
+        return names
     for name in names.split("|"):
         if name in row:
             return name
@@ -105,10 +107,26 @@ def number(value: Any, where: str) -> float:
     return float(value)
 
 
-def numbers(values: Any, where: str) -> list[float]:
-    return [
-        number(value, f"{where} {i}") for i, value in enumerate(of_kind(list, values, where), 1)
-    ]
+NUMBERS = frozenset({float, int})
+
+
+def plain_numbers(values: list) -> list[float] | None:
+    """The values as floats where all of them are finite numbers, else None; quick."""
+    if not NUMBERS.issuperset(map(type, values)):
+        return None
+    try:
+        values = list(map(float, values))
+    except OverflowError:  # an integer of 400 digits
+        return None
+    return values if math.hypot(*values) <= 1e30 else None  # nan is not
+
+
+def numbers(values: list, where: str) -> list[float]:
+    """Finite numbers, as `number`; a message says which is none."""
+    plain = plain_numbers(values)
+    if plain is not None:
+        return plain
+    return [number(value, f"{where} {i}") for i, value in enumerate(values, 1)]
 
 
 # ------------------------------------------------------------------------------------ conversations
@@ -187,30 +205,28 @@ def common_start(first: str, second: str) -> int:
 BOTH = "have scores and a label: the scores count"
 
 
-FLOATS, NUMBERS = frozenset({float}), frozenset({float, int})
+TEXTS = frozenset({str, Cell})
 
 
 def plain_record(row: dict) -> dict | None:
-    """The Record that a row is as it stands, with nothing to mend or to leave out; else None.
+    """The Record of a row in our names or RRHF's, with nothing to mend or to leave out; else None.
 
     Quick, as most rows of a large file are one: all else goes the long way.
     """
-    prompt, responses, rewards = row.get("prompt"), row.get("responses"), row.get("rewards")
+    prompt, responses = row.get("prompt", row.get("query")), row.get("responses")
+    rewards = row.get("rewards", row.get("scores"))
     if not (type(prompt) is str and type(responses) is list and type(rewards) is list):
         return None
     try:
         "".join([prompt, *responses]).encode()  # strings without lone surrogates
-        is_float = FLOATS.issuperset(map(type, rewards))
-        if not is_float and NUMBERS.issuperset(map(type, rewards)):
-            rewards, is_float = list(map(float, rewards)), True
-    except (TypeError, UnicodeEncodeError, OverflowError):
+    except (TypeError, UnicodeEncodeError):
         return None
-    if len(responses) != len(rewards) or not prompt.strip() or not all(map(str.strip, responses)):
+    rewards = plain_numbers(rewards)
+    if not rewards or len(responses) != len(rewards):
         return None
-    if not is_float or not rewards or not math.hypot(*rewards) <= 1e30:
-        return None  # hypot: one of them is nan, or large
-    own = {"prompt": prompt, "responses": responses, "rewards": rewards}
-    return own if len(row) > len(own) or rewards is not row["rewards"] else row
+    if not (prompt.strip() and all(map(str.strip, responses))):
+        return None
+    return {"prompt": prompt, "responses": responses, "rewards": rewards}
 
 
 def one_list(prompt: Any, replies: list, rewards: list[float]) -> dict:
@@ -220,7 +236,7 @@ def one_list(prompt: Any, replies: list, rewards: list[float]) -> dict:
             f"{len(replies)} responses and {len(rewards)} rewards, expected as many rewards as "
             "responses"
         )
-    if isinstance(prompt, str) and all(isinstance(reply, str) for reply in replies):
+    if TEXTS.issuperset(map(type, [prompt, *replies])):
         # str makes plain strings of Cells.
         return {"prompt": str(prompt), "responses": list(map(str, replies)), "rewards": rewards}
     if not isinstance(prompt, (str, list, dict)):
@@ -275,10 +291,10 @@ def grouped(records: list[dict]) -> list[dict]:
     """One list a prompt, in the order of first appearance."""
     lists: dict[str, dict] = {}
     for record in records:
-        empty = {"prompt": record["prompt"], "responses": [], "rewards": []}
-        group = lists.setdefault(record["prompt"], empty)
-        group["responses"] += record["responses"]
-        group["rewards"] += record["rewards"]
+        first = lists.setdefault(record["prompt"], record)
+        if first is not record:
+            first["responses"] += record["responses"]
+            first["rewards"] += record["rewards"]
     return list(lists.values())
 
 

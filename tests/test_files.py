@@ -178,6 +178,8 @@ def test_the_short_way_of_records_is_the_long_way(tmp_path, monkeypatch):
         LISTS[0] | {"note": 1},
         LISTS[1] | {"prompt": "大海?"},
         LISTS[2] | {"rewards": [1, 0]},
+        {"query": "Sea?", "responses": ["Wide.", "Soup."], "scores": [1, -0.5]},
+        LISTS[4] | {"query": "Sea?", "scores": [0.0, 3.0, 4.0][: len(LISTS[4]["rewards"])]},
     ]
     path = write(tmp_path, *lists, LISTS[3] | {"prompt": "\ud800?"})
     short = load(path)
