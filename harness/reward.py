@@ -1,6 +1,8 @@
 """A reward of one's own: --reward FILE.py:function gives the prompts of a file what a task has."""
 
 import importlib.util
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,16 @@ def own_reward(named: str) -> tuple[Callable[[str, str], float], str]:
 
     Whatever goes wrong in it, now or later, is a ConfigError with the line where it did.
     """
-    path, colon, name = named.rpartition(":")
+    path, _, name = named.rpartition(":")
     say = f"--reward {short(named)}"
-    if not (colon and path and name.isidentifier()):
+    if not (path.endswith(".py") and name.isidentifier()):
         raise ConfigError(f"{say}: expected FILE.py:function")
+    path = os.path.abspath(path)  # as a traceback names it
     try:
         source = Path(path).read_text()
         spec = importlib.util.spec_from_file_location("own_reward", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where a dataclass in it looks
         spec.loader.exec_module(module)
     except OSError as e:
         raise ConfigError(f"{say}: {e.strerror or e}") from None
@@ -35,6 +39,7 @@ def own_reward(named: str) -> tuple[Callable[[str, str], float], str]:
     def reward(prompt: str, response: str) -> float:
         try:
             value = function(prompt, response)
+            value = value.item() if hasattr(value, "item") else value  # of numpy or torch
         except (Exception, SystemExit) as e:
             why = reason(e, path)
             raise ConfigError(f"{say}: {why}, at the response {short(repr(response))}") from None
@@ -52,12 +57,14 @@ def reason(error: BaseException, path: str) -> str:
     """An exception in one line, with the last line of the user's file on the way to it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     line = lines[-1] if lines else getattr(error, "lineno", None)
-    return f"line {line}: {type(error).__name__}: {short(error)}"
+    where = f"line {line}: " if line else ""
+    return f"{where}{type(error).__name__}: {short(error)}"
 
 
 def task_of_files(c: Config, records: list[dict], heldout: list[dict]) -> tuple[Task, str]:
     """The prompts of a file as a Task with the reward of --reward; and the reward's source."""
     reward, source = own_reward(c.reward)
+    reward(records[0]["prompt"], records[0]["responses"][0])  # a slip shows before the reference
     train, held = (list(dict.fromkeys(r["prompt"] for r in lists)) for lists in (records, heldout))
 
     def answers(prompt, generator):

@@ -1,6 +1,7 @@
 """A reward of one's own, --reward FILE.py:function: a file's prompts get what a task has."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import LISTS, failing, small, write
@@ -95,19 +96,21 @@ def test_single_responses_will_do_where_lists_are_sampled(tmp_path, files):
 
 BROKEN = {
     "no colon": ("own.py", "", "expected FILE.py:function"),
+    "no .py": ("own.txt:kind", "def kind(p, r): return 1", "expected FILE.py:function"),
     "no file": ("absent.py:kind", "", "No such file"),
     "no function": ("own.py:unkind", "x = 1", "has no function unkind"),
     "not a function": ("own.py:x", "x = 1", "has no function x"),
     "a slip": ("own.py:kind", "x = 1\ndef kind(", "line 2: SyntaxError"),
     "an import that fails": ("own.py:kind", "\n\nimport no_such_module", "line 3: ModuleNotFound"),
-    "it exits": ("own.py:kind", "exit(3)", "SystemExit"),
+    "it exits": ("own.py:kind", "exit(3)", "line 1: SystemExit"),
+    "no text": ("own.py:kind", "\xe9", "own.py:kind: UnicodeDecodeError"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_file_without_such_a_function_is_refused_in_one_line(tmp_path, case):
     named, source, what = BROKEN[case]
-    (tmp_path / "own.py").write_text(source)
+    (tmp_path / named.partition(":")[0].replace("absent", "own")).write_text(source, "latin-1")
     with pytest.raises(ConfigError, match="--reward") as e:
         own_reward(str(tmp_path / named))
     assert what in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) <= 300
@@ -133,6 +136,53 @@ def test_what_is_no_number_ends_with_a_line_that_names_the_response(tmp_path, ca
     with pytest.raises(ConfigError, match="--reward") as e:
         reward("How?", "Calm")
     assert what in str(e.value) and "'Calm'" in str(e.value) and len(str(e.value)) <= 300
+
+
+def test_a_file_named_from_the_current_folder_has_its_line_named_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def kind(prompt, response):\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match="own.py:kind: line 2: ZeroDivisionError: division"):
+        own_reward("own.py:kind")[0]("How?", "Calm")
+    # A call that does not fit the function fails outside of the file: there is no line to name.
+    Path("own.py").write_text("def kind(response):\n    return 1\n")
+    with pytest.raises(ConfigError, match="own.py:kind: TypeError: kind.. takes 1 positional"):
+        own_reward("own.py:kind")[0]("How?", "Calm")
+
+
+def test_a_slip_in_a_reward_shows_before_anything_is_written(tmp_path, files):
+    (tmp_path / "own.py").write_text("def kind(response):\n    return 1\n")
+    with pytest.raises(ConfigError, match="TypeError"):
+        run(tmp_path / "run", (files[0], f"{tmp_path / 'own.py'}:kind"))
+    assert not (tmp_path / "run").exists()
+
+
+ARRAYS = """
+from __future__ import annotations
+from dataclasses import dataclass
+import numpy, torch
+
+@dataclass
+class Kind:
+    word: str
+
+def f(prompt, response):
+    value = len(response) + len(Kind("").word)
+    return {"a": numpy.float32, "b": numpy.int64, "c": torch.tensor}[response[0]](value)
+
+def g(prompt, response):
+    return {"a": numpy.zeros(2), "b": numpy.bool_(True), "c": torch.tensor(float("nan"))}[response]
+"""
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    (tmp_path / "own.py").write_text(ARRAYS)
+    reward, _ = own_reward(f"{tmp_path / 'own.py'}:f")
+    rewards = [reward("How?", response) for response in ("a", "bb", "ccc")]
+    assert rewards == [1.0, 2.0, 3.0] and all(type(x) is float for x in rewards)
+    reward, _ = own_reward(f"{tmp_path / 'own.py'}:g")
+    for response, what in (("a", "ValueError"), ("b", "returned True"), ("c", "returned nan")):
+        with pytest.raises(ConfigError, match=what):
+            reward("How?", response)
 
 
 def test_its_numbers_come_back_as_floats_and_lists_as_they_are(tmp_path):
