@@ -404,7 +404,10 @@ def side_by_side(world: World, answers: Answers, prompts: int = 3, each: int = 3
             for ids in responses[:each]:
                 text = decode(world, ids).strip()
                 reward = f"{world.task.reward(example.prompt, text):6.2f}" if world.task else ""
-                lines.append(f"  {who:9} {reward}  {' '.join(text.split())}")
+                shown = " ".join(text.split())
+                # A terminal obeys control characters, and a model that has learnt little says some.
+                shown = "".join(x if x.isprintable() else "\ufffd" for x in shown)
+                lines.append(f"  {who:9} {reward}  {shown}")
     return "\n".join(lines)
 
 
@@ -430,7 +433,7 @@ def summary(metrics: dict) -> str:
             rows["longest"][1] = metrics["longer_accuracy"]
         known = [name for name in ("mean_reward", "best_reward", "kl") if name in metrics]
         notes = ["  ".join(f"{name} {metrics[name]:.3f}" for name in known)]
-    lines = [" " * 18 + "".join(f"{column:>15}" for column in columns)]
+    lines = [" " * 18 + "".join(f"{column:>15}" for column in columns)] if rows else []
     for name, values in rows.items():
         shown = ["-" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"{name:18}" + "".join(f"{value:>15}" for value in shown))

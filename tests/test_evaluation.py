@@ -12,6 +12,7 @@ from helpers import LISTS, log, loop_state, small, untrained, weights, write
 import dro
 import frontier
 import train
+from data import encoding, word_ranks
 from harness import evaluation
 from harness.pool import (
     reward_list,
@@ -278,6 +279,20 @@ def test_a_long_prompt_is_shortened_where_answers_are_printed():
         shown = text.partition("\n  reference")[0]
         assert (shown == prompt) == (len(prompt) <= 300)
         assert len(shown) <= 300 and shown[:9] == prompt[:9]
+
+
+def test_control_characters_of_an_answer_are_not_shown():
+    _, world, _ = untrained()
+    alone = types.SimpleNamespace(enc=encoding(word_ranks([])), task=None)
+    answer = alone.enc.encode_ordinary("\x1b[31mä\0 b\nc\x7f")
+    text = evaluation.side_by_side(alone, [(world.heldout[0], [answer], [])])
+    assert text.endswith("  policy      \ufffd[31mä\ufffd b c\ufffd")
+
+
+def test_single_responses_have_no_table_of_lists():
+    assert evaluation.summary({"kl": 0.5}) == "kl 0.500"
+    lists = {"top1_reward_policy_sum": 1.0, "pair_accuracy_policy_sum": 0.5, "kl": 0.5}
+    assert len(evaluation.summary(lists).splitlines()) == 3
 
 
 def test_the_curves_hold_a_look_at_held_out_prompts_at_every_evaluation(finished):
