@@ -159,6 +159,8 @@ def load_files(c: Config) -> tuple[list[dict], list[dict]]:
     if leaked := sum(r["prompt"] in held for r in records):
         records = [r for r in records if r["prompt"] not in held]
         print(f"{leaked} lists with a held-out prompt are left out of the training lists")
+        if not records:
+            raise DataError("every prompt of --data is held out, in --eval-data: give other lists")
     if not records or not heldout:
         prompts = len({r["prompt"] for r in [*records, *heldout]})
         raise DataError(

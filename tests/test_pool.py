@@ -28,6 +28,9 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, capsys):
     assert not {e.prompt for e in world.logged} & {e.prompt for e in world.heldout}
     assert (len(world.logged), len(world.heldout)) == (len(LISTS) - 7, 7)
     assert "7 lists with a held-out prompt are left out" in capsys.readouterr().out
+    settings["eval_data"] = settings["data"]
+    with pytest.raises(data.DataError, match="every prompt of --data is held out, in --eval-data"):
+        pool.make_world(resolve(small(tmp_path / "run", **settings)))
 
 
 def asked(examples):
