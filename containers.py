@@ -47,8 +47,8 @@ def opened(path: str) -> Iterator[BinaryIO]:
     if path == "-":
         yield unzipped(sys.stdin.buffer, False)
         return
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+|\w+://.*", path) and not path.endswith(ENDINGS)
-    if is_name and not os.path.lexists(path):
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.endswith(ENDINGS)
+    if (is_name or "://" in path) and not os.path.lexists(path):
         raise fault(
             path,
             1,
@@ -91,6 +91,7 @@ def container(path: str, file: BinaryIO) -> str:
     for start, what in UNREAD.items():
         if head.startswith(start):
             raise fault(path, 1, what)
+    # UTF-16 without a mark: every other byte of Latin letters is a zero.
     zeros = [half for half in (head[:40:2], head[1:40:2]) if half and not half.strip(b"\0")]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or zeros:
         raise fault(path, 1, f"UTF-16, not UTF-8: {convert('UTF-16')}")
@@ -134,7 +135,7 @@ def jsonl_rows(path: str, file: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield line, parse(text)
         except (ValueError, RecursionError) as e:
             if not text.isspace():
-                raise not_json(path, line, e, "one object a line") from None
+                raise not_json(path, line, e, "one object a line, or a table named .csv") from None
 
 
 SCAN = json.JSONDecoder().scan_once
@@ -202,7 +203,7 @@ def csv_rows(path: str, file: BinaryIO) -> Iterator[tuple[int, dict]]:
     delimiter = max(",;\t", key=head.count)
     table = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
     try:
-        header = next(table, [])
+        header = [name.strip() for name in next(table, [])]
         if twice := [name for name, n in Counter(header).items() if n > 1]:
             raise fault(path, 1, f"the header names {short(repr(twice[0]))} twice")
         for cells in table:

@@ -195,7 +195,7 @@ def load_file(
         except Unusable as e:
             reading.left_out[str(e)] += 1
         except DataError as e:
-            raise fault(path, line, f"{e}{hint(e, kind, row)}") from None
+            raise fault(path, line, f"{e}{hint(e, kind, row, name)}") from None
         # Rows of one list may stand anywhere in a file: they are put together before they are cut.
         if limit and len(reading.records) >= limit and not kind.grouped:
             break
@@ -266,7 +266,7 @@ def asked_format(format: str) -> str:
     """Why --format NAME or NAME:FIELD can't be; empty where it can."""
     name, colon, reward = format.partition(":")
     if name not in FORMATS:
-        near = difflib.get_close_matches(name[:40], FORMATS, 3, 0)
+        near = difflib.get_close_matches(name[:40].lower(), FORMATS, 3, 0)
         return f"no format of this name, nearest are {', '.join(near)}; docs/data.md has them all"
     if colon and not (FORMATS[name].reward and reward):
         others = ", ".join(name for name, kind in FORMATS.items() if kind.reward)
@@ -287,27 +287,30 @@ def recognise(row: dict) -> str:
 
 def nearest(row: dict) -> str:
     """The name of the format whose fields are most like those of an object that fits none."""
-    names = [name[:40] for name in row][:50]
+    names = [name[:40].lower() for name in row][:50]
 
-    def likeness(kind: Format) -> float:
-        best = [
-            max(
-                difflib.SequenceMatcher(None, a, b).ratio() for a in field.split("|") for b in names
-            )
-            for field in kind.fields.split()
-        ]
-        return sum(best) / len(best)
+    def alike(field: str) -> float:
+        """1 where a name is the field's, little where it is misspelt, 0 where it is another."""
+        words = field.lower().split("|")
+        if not set(words).isdisjoint(names):
+            return 1.0
+        slips = [word for word in words if difflib.get_close_matches(word, names, 1, 0.8)]
+        return 0.3 if slips else 0.0
 
-    if not names:
-        return "canonical"
-    return max(reversed(FORMATS), key=lambda name: likeness(FORMATS[name]))
+    def likeness(name: str) -> float:
+        fields = FORMATS[name].fields.split()
+        return sum(map(alike, fields)) / max(len(fields), len(names))
+
+    best = max(reversed(FORMATS), key=likeness)
+    return best if likeness(best) else "canonical"
 
 
-def hint(error: DataError, kind: Format | None, row: dict) -> str:
-    """What else a message says where a field is missing."""
-    if kind is None or not isinstance(error, MissingField):
+def hint(error: DataError, kind: Format | None, row: dict, asked: str) -> str:
+    """What else a message says where a field of the row is missing; `asked`: --format's name."""
+    if kind is None or not isinstance(error, MissingField) or kind.fits(row):
         return ""
-    others = [other.title for other in FORMATS.values() if other is not kind and other.fits(row)]
-    if others and not kind.fits(row):
-        return f": the file began with {kind.title}, and this is one of {others[0]}"
+    others = [other.title for other in FORMATS.values() if other.fits(row)]
+    if others:
+        began = "--format says" if asked else "the file began with"
+        return f": {began} {kind.title}, and this is one of {others[0]}"
     return f", expected {short(', '.join(kind.fields.split()).replace('|', ' or '), 100)}"

@@ -21,6 +21,7 @@ from records import (
     common_start,
     get,
     get_number,
+    name_of,
     number,
     numbers,
     objects,
@@ -38,9 +39,16 @@ REPLY, SCORE = "response|completion|answer|output", "reward|score|rating"
 # -------------------------------------------------------------------------------------------- lists
 
 
+def _asked(row: dict) -> Any:
+    """The prompt; `input` belongs to an instruction, as in alpaca's formats."""
+    if row.get("input") and name_of(row, PROMPT) == "instruction":
+        return _instruction(row)
+    return get(row, PROMPT)
+
+
 def read_canonical(row: dict) -> dict:
     """The Record itself, also in the names of RRHF and of LIRE's authors."""
-    prompt, responses = get(row, PROMPT), get(row, "responses", list)
+    prompt, responses = _asked(row), get(row, "responses", list)
     return one_list(prompt, responses, numbers(get(row, "rewards|scores", list), "reward"))
 
 
@@ -49,14 +57,14 @@ def read_nested(row: dict) -> dict:
     answers = objects(row, "responses")
     texts = [get(answer, "text|response|content") for answer in answers]
     rewards = [get_number(answer, SCORE) for answer in answers]
-    return one_list(get(row, PROMPT), texts, rewards)
+    return one_list(_asked(row), texts, rewards)
 
 
 def read_ranks(row: dict) -> dict:
     """Ranks in place of rewards, the lowest is best."""
     ranks = numbers(get(row, "ranks", list), "rank")
     responses = get(row, "responses", list)
-    return one_list(get(row, PROMPT), responses, [-rank for rank in ranks])
+    return one_list(_asked(row), responses, [-rank for rank in ranks])
 
 
 def read_pro(row: dict) -> dict:
@@ -272,12 +280,12 @@ def read_helpsteer3(row: dict) -> dict:
 
 def read_single(row: dict, reward: str = SCORE) -> dict:
     """A response with its reward, and perhaps a label."""
-    return one_single(get(row, PROMPT), get(row, REPLY), get_number(row, reward), row.get("label"))
+    return one_single(_asked(row), get(row, REPLY), get_number(row, reward), row.get("label"))
 
 
 def read_unpaired(row: dict) -> dict:
     """A response with thumbs up or down, TRL's unpaired preference."""
-    return one_single(get(row, PROMPT), get(row, REPLY), None, get(row, "label"))
+    return one_single(_asked(row), get(row, REPLY), None, get(row, "label"))
 
 
 def read_scored(row: dict, reward: str = SCORE) -> dict:
@@ -335,7 +343,7 @@ def read_sharegpt(row: dict) -> dict:
 
 def read_sharegpt_kto(row: dict) -> dict:
     """LLaMA-Factory's sharegpt form with a thumb for the last turn."""
-    return one_single([], get(row, "conversations|messages"), None, get(row, "kto_tag"))
+    return one_single([], get(row, "conversations|messages"), None, get(row, "kto_tag|label"))
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -441,7 +449,7 @@ FORMATS = {  # the first row that fits
         also=lambda row: "prompt" not in row,
     ),
     "sharegpt-kto": Format(
-        read_sharegpt_kto, "conversations|messages kto_tag", "sharegpt thumbs", **THUMBS
+        read_sharegpt_kto, "conversations|messages kto_tag|label", "sharegpt thumbs", **THUMBS
     ),
     "hh": Format(
         read_hh, "chosen rejected", "Anthropic HH transcripts", PAIR, also=_two_transcripts

@@ -17,7 +17,7 @@ def short(value: object, most: int = 80) -> str:
     text = " ".join(str(value).splitlines())
     if len(text) <= most:
         return text
-    return f"{text[: most - most // 2]} ... {text[5 - most // 2 :]}"
+    return f"{text[: most - most // 2]} ... {text[-(most // 2 - 5) :]}"  # 5 for the dots
 
 
 class DataError(ValueError):
@@ -95,13 +95,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= 1e30
 
 
+def as_number(value: Any) -> Any:
+    """The value, or the number that a Cell holds as text."""
+    try:
+        return float(value) if isinstance(value, Cell) else value
+    except ValueError:
+        return value
+
+
 def number(value: Any, where: str) -> float:
     """A finite number, as `is_number`; a Cell may hold it as text."""
-    if isinstance(value, Cell):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    value = as_number(value)
     if not is_number(value):
         raise DataError(f"{where} is {short(repr(value))}, expected a finite number (up to 1e30)")
     return float(value)
@@ -175,8 +179,6 @@ def seam(prompt: Any, reply: Any) -> tuple[str, str]:
 
     Of a conversation the last turn is the response, and all before it is prompt.
     """
-    if isinstance(prompt, str) and isinstance(reply, str):
-        return prompt, reply
     *before, (who, response) = turns_of(reply, "assistant") or [("nobody", "")]
     if who != "assistant":
         raise Unusable("the last turn is not the assistant's")
@@ -244,10 +246,11 @@ def one_list(prompt: Any, replies: list, rewards: list[float]) -> dict:
     for i, reply in enumerate(replies, 1):
         if not isinstance(reply, (str, list, dict)):
             raise DataError(f"response {i} is {type(reply).__name__}, expected a string")
-    pairs = [seam(prompt, reply) for reply in replies] or [seam(prompt, "")]
-    if len({before for before, _ in pairs}) > 1:
+    pairs = [seam(prompt, reply) for reply in replies]
+    prompts = {before for before, _ in pairs}  # none where there is no reply
+    if len(prompts) > 1:
         raise Unusable("the responses differ before the last turn")
-    return one_list(pairs[0][0], [response for _, response in pairs][: len(replies)], rewards)
+    return one_list("".join(prompts), [response for _, response in pairs], rewards)
 
 
 def one_pair(prompt: Any, chosen: Any, rejected: Any, scores: tuple | None = None) -> dict:
@@ -271,10 +274,10 @@ def one_single(prompt: Any, reply: Any, reward: float | None, label: Any = None)
 
 def thumb(label: Any, threshold: float | None) -> float:
     """1 for thumbs up, -1 for down: of true and false, 1 and 0, or numbers above `threshold`."""
-    if isinstance(label, Cell) and label.strip().lower() in ("true", "false"):
-        return 1.0 if label.strip().lower() == "true" else -1.0
+    if isinstance(label, Cell):
+        label = {"true": True, "false": False}.get(label.strip().lower(), as_number(label))
     if not isinstance(label, bool):
-        if not isinstance(label, (int, float, Cell)):
+        if not isinstance(label, (int, float)):
             raise DataError(f"the label is {short(repr(label))}, expected true or false, or 1 or 0")
         label = number(label, "the label")
         if threshold is not None:

@@ -83,6 +83,8 @@ def test_cells_of_a_table_hold_numbers_truth_values_and_lists(tmp_path):
     lists = [{"prompt": "Pond?", "responses": '["Calm.", "Soup."]', "rewards": "[1, -2.5]"}]
     expected = [{"prompt": "Pond?", "responses": ["Calm.", "Soup."], "rewards": [1.0, -2.5]}]
     assert load(write(tmp_path, as_table(lists), name="t.csv"))[0] == expected
+    (tmp_path / "t.csv").write_text(" prompt, response ,reward\nPond?,Calm.,1\nPond?,Soup.,-2.5\n")
+    assert load(tmp_path / "t.csv")[0] == expected
     thumbs = [{"prompt": x, "completion": "x", "label": x} for x in ("true", "False", "1", "0")]
     records, _ = load(write(tmp_path, as_table(thumbs), name="t.csv"))
     assert [r["rewards"] for r in records] == [[1.0], [-1.0], [1.0], [-1.0]]
@@ -96,6 +98,9 @@ def test_cells_of_a_table_hold_numbers_truth_values_and_lists(tmp_path):
         ("prompt,response,reward\na,b,\n", 2, "'reward' is '', expected a finite number"),
         ("prompt,response,reward\na,b,1e400\n", 2, "'reward' is inf"),
         ("prompt,response,reward\na,b,nan\n", 2, "'reward' is nan"),
+        ("prompt,completion,label\na,b,yes\n", 2, "the label is 'yes', expected true or false"),
+        ("prompt,completion,label\na,b,2\n", 2, "the label is 2, expected true or false"),
+        ("prompt,completion,label\na,b,nan\n", 2, "the label is nan, expected"),
         ("prompt,responses,rewards\na,Calm.,[1]\n", 2, "'responses' is Cell, expected a list"),
         ('prompt,response,reward\n"a"b,c,1\n', 2, "not CSV"),
         ("prompt,prompt,reward\na,b,1\n", 1, "the header names 'prompt' twice"),
@@ -186,7 +191,7 @@ def test_a_pipe_a_folder_and_a_name_of_a_hub_are_answered_and_not_waited_for(tmp
     signal.signal(signal.SIGALRM, handler)
     assert f"1: a folder, expected files, as {tmp_path}/*.jsonl" in error(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("anthropic/hh-rlhf", "hf://datasets/x/y", "https://example.org/x"):
+    for name in ("anthropic/hh-rlhf", "hf://datasets/x/y", "https://example.org/x.jsonl"):
         assert "a dataset of a hub is downloaded first" in error(name)
     assert "No such file" in error("data/lists.jsonl")
     assert ":1: embedded null byte, expected a readable file" in error("a\0b.jsonl")

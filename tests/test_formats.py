@@ -677,8 +677,9 @@ CASES = {  # format -> (rows of a file, Records)
             },
             {"messages": [USER, says("Soup.")], "kto_tag": False},
             {"messages": [USER], "kto_tag": False},
+            {"messages": [USER, says("Eh.")], "label": False},
         ],
-        [record_of(ASKED, [" Yes.", " Soup."], [1.0, -1.0])],
+        [record_of(ASKED, [" Yes.", " Soup.", " Eh."], [1.0, -1.0, -1.0])],
     ),
     "hh": (
         [
@@ -896,13 +897,14 @@ def test_the_rewards_of_another_field_are_asked_for(tmp_path):
     assert records == [record_of("Pond?", ["Soup."], [2.0])]
     own = [SINGLE | {"votes": 5, "reward": 1}]
     assert load(write(tmp_path, *own), format="single:votes")[0][0]["rewards"] == [5.0]
-    assert "no field 'votes'" in error(write(tmp_path, SINGLE), format="single:votes")
+    assert error(write(tmp_path, SINGLE), format="single:votes").endswith("no field 'votes'")
 
 
 @pytest.mark.parametrize(
     "format, message",
     [
         ("chess", "format chess: no format of this name, nearest are "),
+        ("SINGLE", "nearest are single, "),
         ("pro:votes", "a field of the rewards can be told for tldr-axis, helpsteer"),
         ("single:", "a field of the rewards can be told for"),
     ],
@@ -915,19 +917,39 @@ def test_a_format_that_is_asked_for_is_not_guessed(tmp_path):
     both = [SINGLE | {"label": True}, SINGLE | {"response": "Soup.", "label": False, "reward": 2}]
     assert load(write(tmp_path, *both))[0][0]["rewards"] == [1.0, 2.0]
     assert load(write(tmp_path, *both), format="unpaired")[0][0]["rewards"] == [1.0, -1.0]
-    assert "lists.jsonl:1: no field 'prefix'" in error(write(tmp_path, GOOD), format="pro")
+    message = error(write(tmp_path, GOOD), format="pro")
+    said = "no field 'prefix': --format says PRO lists, and this is one of canonical lists"
+    assert message.endswith(f"lists.jsonl:1: {said}")
 
 
 def test_an_unknown_format_names_its_fields_the_nearest_format_and_ours(tmp_path):
     message = error(write(tmp_path, {"promt": "x", "chosen": "y", "rejectd": "z"}))
     assert "fields promt, chosen, rejectd are of no known format; nearest is preference" in message
     assert message.endswith(f"ours is {formats.CANONICAL}")
-    message = error(write(tmp_path, {"instruction": "x", "completion": []}))
-    assert "nearest is ultrafeedback;" in message
     many = {f"{k} {'x' * 50}": 1 for k in range(1000)}
     path = write(tmp_path, many)
     assert len(error(path)) <= len(path) + 4 + 200
-    assert "nearest is canonical" in error(write(tmp_path, {}))
+
+
+@pytest.mark.parametrize(
+    "fields, nearest",
+    [
+        ("prompt response", "unpaired"),  # a label is missing, or a score
+        ("prompt chosen", "preference"),
+        ("Prompt Chosen Rejected", "preference"),
+        ("instruction completion id", "unpaired"),
+        ("instruction completionss", "ultrafeedback"),
+        ("input output", "scored"),
+        ("prompt responses", "nested"),
+        ("messages", "sharegpt-kto"),
+        ("conversation_a conversation_b winer", "arena"),
+        ("stars", "canonical"),
+        ("", "canonical"),
+    ],
+)
+def test_the_nearest_format_is_that_of_the_most_fields(tmp_path, fields, nearest):
+    message = error(write(tmp_path, dict.fromkeys(fields.split(), "x")))
+    assert f"are of no known format; nearest is {nearest}; ours is" in message
 
 
 def test_scores_count_before_a_label_where_they_differ(tmp_path):
@@ -942,3 +964,37 @@ def test_scores_count_before_a_label_where_they_differ(tmp_path):
     rows = [SINGLE | {"label": 5}]
     assert "lists.jsonl:1: the label is 5, expected" in error(write(tmp_path, *rows))
     assert load(write(tmp_path, *rows), threshold=3)[0][0]["rewards"] == [1.0]
+
+
+@pytest.mark.parametrize(
+    "row, becomes",
+    [
+        ({"responses": ["Calm."], "scores": [1]}, ("canonical", [1.0])),
+        ({"responses": ["Calm."], "ranks": [1]}, ("ranks", [-1.0])),
+        ({"responses": [{"text": "Calm.", "score": 2}]}, ("nested", [2.0])),
+        ({"completion": "Calm.", "score": 2}, ("single", [2.0])),
+        ({"output": "Calm.", "label": True}, ("unpaired", [1.0])),
+        ({"output": "Calm.", "label": False, "history": []}, ("unpaired", [-1.0])),
+    ],
+)
+def test_the_input_of_an_instruction_is_part_of_every_prompt(tmp_path, row, becomes):
+    name, rewards = becomes
+    row = {"instruction": "Describe:", "input": "a pond"} | row
+    assert files.recognise(row) == name
+    asked = [record_of("Describe:\na pond", ["Calm."], rewards)]
+    assert load(write(tmp_path, row))[0] == asked
+    # An input beside a prompt, or an empty one, is none of it.
+    alone = [record_of("Describe:", ["Calm."], rewards)]
+    assert load(write(tmp_path, row | {"input": ""}))[0] == alone
+    del row["instruction"]
+    assert load(write(tmp_path, row | {"prompt": "Describe:"}), format=name)[0] == alone
+
+
+def test_a_field_that_is_missing_in_a_turn_is_named_alone(tmp_path):
+    row = {"prompt": "Pond?", "chosen": [{"role": "assistant"}], "rejected": [says("Soup.")]}
+    assert error(write(tmp_path, row)).endswith(":1: no field 'content' or 'value' or 'text'")
+
+
+def test_a_reply_may_be_a_string_beside_one_that_is_a_conversation(tmp_path):
+    row = {"prompt": "Is the pond calm?", "chosen": [says("Yes.")], "rejected": "Soup."}
+    assert load(write(tmp_path, row))[0] == [record_of(ASKED, [" Yes.", " Soup."], [1.0, 0.0])]
