@@ -8,7 +8,7 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, SMALL
+from helpers import ROOT, SMALL, small
 
 import files
 import formats
@@ -29,21 +29,49 @@ def test_every_format_has_a_line():
     assert list(LINES) == list(formats.FORMATS)
 
 
+def lines_of(name, index=0):
+    """The page's line of a format, as the rows of a list; each index has a prompt of its own."""
+    line = LINES[name] if index == 0 else re.sub("pond|frog", rf"\g<0> {index}", LINES[name])
+    if index % 2:  # where a row is one response, every other one is worse
+        line = re.sub(r'"(helpfulness|overall|score|rating)": \d', r'"\1": 1', line)
+        line = re.sub(r'"(label|kto_tag)": true', r'"\1": false', line)
+    if name != "oasst":
+        return [line]
+    reply = json.loads(line) | {"message_id": f"b{index}", "parent_id": f"a{index}"}
+    asked = {"message_id": f"a{index}", "parent_id": None, "role": "prompter"}
+    asked["text"] = f"Is pond {index} calm?"
+    other = {"message_id": f"c{index}", "text": "Soup.", "rank": 1}
+    return [json.dumps(row) for row in (reply, reply | other, reply | asked)]
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_a_line_is_recognised_and_read(tmp_path, name):
-    news, lines = [], [LINES[name]]
+    news = []
     assert files.recognise(json.loads(LINES[name])) == name
-    if name == "oasst":  # a message is no list yet
-        reply = json.loads(LINES[name])
-        lines += [
-            json.dumps(reply | {"message_id": "c", "text": "Soup.", "rank": 1}),
-            json.dumps(reply | {"message_id": "a", "parent_id": None, "role": "prompter"}),
-        ]
-    (tmp_path / "line").write_text("\n".join(lines))
+    (tmp_path / "line").write_text("\n".join(lines_of(name)))
     (record,) = files.load([tmp_path / "line"], say=news.append)
     assert formats.FORMATS[name].title in news[-1]
     best = record["responses"][record["rewards"].index(max(record["rewards"]))]
     assert "Soup" not in best and "Cars" not in best
+
+
+TINY = {"reference_steps": 1, "steps": 1, "width": 16, "max_response": 12, "vocab_size": 300}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_run_learns_from_every_format(tmp_path, capsys, name):
+    (tmp_path / "file").write_text("\n".join(x for i in range(1, 61) for x in lines_of(name, i)))
+    single = formats.FORMATS[name].grouped
+    objective = "kto" if "1 up" in formats.FORMATS[name].becomes else "dro" if single else "lire"
+    metrics = train.main(
+        small(tmp_path / "run", data=[str(tmp_path / "file")], objective=objective, **TINY)
+    )
+    out = capsys.readouterr().out
+    assert formats.FORMATS[name].title in out and "60 prompts" in out
+    assert math.isfinite(metrics["kl"]) and metrics["policy_length"] > 0
+    if not single:  # what the lists are compared by
+        assert metrics["best_reward"] > metrics["mean_reward"]
+        assert 0 <= metrics["pair_accuracy_policy_sum"] <= 1
 
 
 def test_the_conversation_is_rendered_as_it_says():
