@@ -176,8 +176,9 @@ def load_file(
     threshold: float | None = None,
 ) -> list[dict]:
     """Records of one file; as `load`."""
-    (name, _, reward), kind, line = format.partition(":"), None, 0
-    reading, gathered, lines = Reading(threshold), [], []
+    name, _, reward = format.partition(":")
+    kind, line, reading = None, 0, Reading(threshold)
+    gathered, lines = [], []  # what `kind.gather` is handed, and where it stands
     for line, row in watched(path):
         try:
             if kind is None:

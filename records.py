@@ -85,8 +85,10 @@ def of_kind(kind: type, value: Any, where: str) -> Any:
         except (ValueError, RecursionError):
             pass
     if not isinstance(value, kind):
-        names = {str: "a string", list: "a list", dict: "an object"}
-        raise DataError(f"{where} is {type(value).__name__}, expected {names[kind]}")
+        expected = {str: "a string", list: "a list", dict: "an object"}[kind]
+        if isinstance(value, Cell):
+            raise DataError(f"{where} is {short(repr(value), 60)}, expected {expected} as JSON")
+        raise DataError(f"{where} is {type(value).__name__}, expected {expected}")
     return value
 
 
@@ -258,6 +260,8 @@ def one_pair(prompt: Any, chosen: Any, rejected: Any, scores: tuple | None = Non
     record = one_list(prompt, [chosen, rejected], [1.0, 0.0])
     if scores is None:
         return record
+    if None in scores:
+        return record | {"note": "lack a score: the chosen earns 1, the rejected 0"}
     given = [number(score, f"score {i}") for i, score in enumerate(scores, 1)]
     if given[0] == given[1]:
         return record | {"note": "have equal scores: the chosen earns 1, the rejected 0"}

@@ -101,7 +101,11 @@ def test_cells_of_a_table_hold_numbers_truth_values_and_lists(tmp_path):
         ("prompt,completion,label\na,b,yes\n", 2, "the label is 'yes', expected true or false"),
         ("prompt,completion,label\na,b,2\n", 2, "the label is 2, expected true or false"),
         ("prompt,completion,label\na,b,nan\n", 2, "the label is nan, expected"),
-        ("prompt,responses,rewards\na,Calm.,[1]\n", 2, "'responses' is Cell, expected a list"),
+        (
+            "prompt,responses,rewards\na,Calm.,[1]\n",
+            2,
+            "'responses' is 'Calm.', expected a list as JSON",
+        ),
         ('prompt,response,reward\n"a"b,c,1\n', 2, "not CSV"),
         ("prompt,prompt,reward\na,b,1\n", 1, "the header names 'prompt' twice"),
         ("prompt,response,reward\n", 1, "no record"),
