@@ -61,8 +61,9 @@ TINY = {"reference_steps": 1, "steps": 1, "width": 16, "max_response": 12, "voca
 @pytest.mark.parametrize("name", LINES)
 def test_a_run_learns_from_every_format(tmp_path, capsys, name):
     (tmp_path / "file").write_text("\n".join(x for i in range(1, 61) for x in lines_of(name, i)))
-    single = formats.FORMATS[name].grouped
-    objective = "kto" if "1 up" in formats.FORMATS[name].becomes else "dro" if single else "lire"
+    single, objective = formats.FORMATS[name].grouped, "lire"
+    if single:
+        objective = "kto" if "1 up" in formats.FORMATS[name].becomes else "dro"
     metrics = train.main(
         small(tmp_path / "run", data=[str(tmp_path / "file")], objective=objective, **TINY)
     )
