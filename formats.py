@@ -382,7 +382,7 @@ def _two_transcripts(row: dict) -> bool:
 CANONICAL = '{"prompt": str, "responses": [str, ...], "rewards": [number, ...]}'
 SINGLES = {"becomes": "M = its rows: their rewards", "grouped": True}
 THUMBS = {"becomes": "M = its rows: 1 up, -1 down", "grouped": True}
-PAIR, SCORES = "M = 2: 1 and 0", "M = 2: the scores, or 1 and 0 where they are equal"
+PAIR, SCORES = "M = 2: 1 and 0", "M = 2: the scores, or 1 and 0 where equal or missing"
 FORMATS = {  # the first row that fits
     "copa-sse": Format(read_copa, "p asks-for human-explanations", "COPA-SSE lists", "ratings"),
     "oasst-tree": Format(
