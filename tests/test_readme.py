@@ -40,7 +40,7 @@ def commands(page):
     """Whole lines of bash blocks, and what stands in backticks and begins like a command."""
     text = (ROOT / page).read_text()
     lines = [line for block in blocks("bash", page) for line in block.splitlines()]
-    lines += re.findall(r"`((?:python|bash|pytest) [^`\n]*)`", text)
+    lines += re.findall(r"`((?:python|bash|pytest|torchrun) [^`\n]*)`", text)
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
@@ -55,6 +55,10 @@ def test_every_command_exists_and_its_options_parse(page, command):
         options = [word for word in words[3:] if word.startswith("--")]
         source = Path(importlib.util.find_spec(words[2]).origin).read_text()
         assert all(f'"{option}"' in source for option in options)
+    elif words[:3] == ["torchrun", "--nproc-per-node", "2"]:
+        source = Path(importlib.util.find_spec(words[words.index("-m") + 1]).origin).read_text()
+        options = [word[2:].replace("-", "_") for word in words[4:] if word.startswith("--")]
+        assert all(re.search(rf'"--{x}"|\b{x}\b', source) for x in options) and len(options) > 2
     elif words[:3] == ["pip", "install", "-r"]:
         assert (ROOT / words[3]).exists()
     else:
@@ -68,6 +72,7 @@ def test_it_fits_a_break():
 
 def test_every_file_and_option_that_a_page_names_exists():
     fields = {f.name for f in dataclasses.fields(Config)} | {"help", "margin", "votes"}
+    fields.add("nproc_per_node")  # of torchrun
     scripts = [*(ROOT / "experiments").glob("*.py"), *(ROOT / "exercises").glob("*.py")]
     of_scripts = {x for path in scripts for x in re.findall(r'"--([a-z-]+)"', path.read_text())}
     for page in PAGES:
