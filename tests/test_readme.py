@@ -63,7 +63,7 @@ def test_every_command_exists_and_its_options_parse(page, command):
     elif words[:3] == ["pip", "install", "-r"]:
         assert (ROOT / words[3]).exists()
     else:
-        assert words in (["pytest"], ["bash", ".ci/run"], ["python", "formats.py"])
+        assert words in (["pytest", "-n", "auto"], ["bash", ".ci/run"], ["python", "formats.py"])
 
 
 def test_it_fits_a_break():
@@ -154,7 +154,7 @@ def test_requirements_are_the_three_packages():
 
 def test_ci_runs_exactly_the_readme_test_command():
     script = (ROOT / ".ci" / "run").read_text()
-    assert script.rstrip().endswith("\npytest")
+    assert script.rstrip().endswith("\npytest -n auto")
     assert "requirements-dev.txt" in script and "ruff check" in script
 
 
