@@ -112,7 +112,7 @@ def weights(
 
 POOL = {
     **{"objective": "lire", "candidates": 4, "evolve": 6, "iterate": 1, "lr": 2e-3},
-    **{"steps": 120, "eval_every": 20, "reference_lr": 3e-3},
+    **{"steps": 120, "eval_every": 20, "reference_lr": 3e-3, "batch_size": 16},
 }
 POOLS = {
     "a pool dies": {"sample_temperature": 0.2, "temperature": 2.0, "sft_weight": 0.0},
@@ -202,6 +202,7 @@ def descents() -> dict[float, dict[str, list[float]]]:
 MEMORISE = {
     **{"objective": "dro", "tau": 1.0, "candidates": 1, "evolve": 0, "batch_size": 60},
     **{"lr": 1e-9, "value_lr": 2e-3, "steps": 150, "eval_every": 10, "reference_steps": 60},
+    "iterate": 1,
 }
 RESIDUALS = ("residual/rms", "residual/within_prompt")
 
@@ -217,7 +218,7 @@ def memorised() -> dict[str, list[tuple[float, float]]]:
 
 VALUES = {
     **{"objective": "dro", "tau": 0.5, "candidates": 16, "batch_size": 60, "lr": 2e-3},
-    **{"eval_every": 1000, "reference_steps": 500},
+    **{"eval_every": 1000, "reference_steps": 500, "iterate": 1},
 }
 UPDATES = {3: 1, 60: 10, 400: 80}  # and rounds: new samples, so that no list is learnt by heart
 
@@ -236,7 +237,7 @@ def values_in_training() -> dict[int, dict[str, list[float]]]:
 LOGPS = {"logps/chosen": "chosen", "logps/rejected": "rejected"}
 DPO = {
     **{"objective": "dpo", "beta": 0.1, "candidates": 8, "sample_temperature": 0.3, "evolve": 1},
-    **{"batch_size": 60, "steps": 50, "eval_every": 50, "reference_steps": 1000},
+    **{"batch_size": 60, "steps": 50, "eval_every": 50, "reference_steps": 1000, "lr": 5e-4},
 }
 
 

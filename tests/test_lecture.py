@@ -14,6 +14,8 @@ from helpers import ROOT, close
 import dro
 from experiments import lecture, lecture_data
 from harness.config import ConfigError
+from objectives import OBJECTIVES
+from tasks import TASKS
 
 ASSETS = ROOT / "assets" / "lecture"
 
@@ -110,6 +112,17 @@ def short_runs(monkeypatch):
     monkeypatch.setitem(lecture_data.POOL, "evolve", 3)
     monkeypatch.setattr(lecture_data, "SEEDS", (0,))
     monkeypatch.setattr(lecture_data, "UPDATES", {2: 1, 3: 2})
+
+
+def test_no_tuned_default_reaches_a_figure():
+    """Else the picture of the repository and the one that is drawn anew would tell two stories."""
+    pools = [lecture_data.POOL | own for own in lecture_data.POOLS.values()]
+    values = lecture_data.VALUES | {"steps": 3, "evolve": 1}
+    for own in (*pools, lecture_data.MEMORISE, values, lecture_data.DPO):
+        row = OBJECTIVES[own["objective"]]
+        tuned = row.defaults | row.on_tasks | TASKS[lecture_data.RUN["task"]].defaults
+        numbers = {name for name, value in tuned.items() if type(value) in (int, float)}
+        assert numbers <= set(lecture_data.RUN | own)
 
 
 def test_the_runs_give_what_their_figures_show(short_runs):
