@@ -115,7 +115,7 @@ def draw_largest_probs(fig: Any, data: dict) -> None:
 
 def draw_probs_by_length(fig: Any, data: dict) -> None:
     """Bars, the shortest response at the left; a panel a score."""
-    axes = panels(fig, "A sum prefers the short responses, a mean does not", 2)
+    axes = panels(fig, "A sum prefers the short responses, a mean hardly does", 2)
     for ax, how, color in zip(axes, data, (RED, BLUE)):
         ax.bar([str(n) for n in UNLIKE], data[how], color=color)
         ax.axhline(1 / len(UNLIKE), color=GRAY, ls=":")
