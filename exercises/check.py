@@ -14,16 +14,21 @@ autograders read (tests, score, max_score, output); --checks DIR takes the prope
 import argparse
 import ast
 import bdb
+import contextlib
+import errno
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import textwrap
 import time
 import traceback
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -34,11 +39,14 @@ import torch
 if not __package__:  # run as a file: then its own folder is on the path, and not the repository
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from exercises.fence import LARGEST_FILE, MEMORY, Refused, fence, is_inside, set_limits
 from exercises.judge import UNKNOWN, Property, Watched, Wrong
 
 FOLDER = Path(__file__).resolve().parent
 NUMBERS = range(1, 11)
 SECONDS = dict.fromkeys(NUMBERS, 60.0) | {10: 180.0}  # for all properties of an exercise
+# Beside FORBIDDEN of an exercise: what judges an answer holds it too.
+JUDGES = ("tests", *(f"exercises.{name}" for name in ("check", "checks", "judge", "oracle")))
 
 
 class Result(NamedTuple):
@@ -51,8 +59,10 @@ class Result(NamedTuple):
 
 
 def answer_path(number: int) -> Path:
-    """The file that a student writes in."""
-    return next(FOLDER.glob(f"ex{number:02}_*.py"))
+    """The file that a student writes in: of several, copies of it, the one of the shortest name."""
+    found = FOLDER.glob(f"ex{number:02}_*.py")
+    missing = FOLDER / f"ex{number:02}_file_is_missing.py"
+    return min(found, key=lambda path: len(path.name), default=missing)
 
 
 def load(path: Path, name: str) -> ModuleType:
@@ -66,16 +76,17 @@ def load(path: Path, name: str) -> ModuleType:
 def forbidden_import(path: Path, forbidden: tuple[str, ...]) -> str:
     """What to say of an answer that can't be read, or imports what it should write."""
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_bytes())
     except SyntaxError as e:
-        return f"line {e.lineno} is no Python: {e.msg}"
-    except (OSError, UnicodeDecodeError) as e:
+        return f"line {e.lineno or 1} is no Python: {e.msg}"
+    except (OSError, ValueError, RecursionError, MemoryError) as e:  # too deep for the parser, say
         return f"{path} can't be read ({type(e).__name__})"
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            if name.split(".")[0] in forbidden:
+            if is_inside(name, forbidden):
                 return f"line {node.lineno} imports {name}, where the answer stands: write it here"
     return ""
 
@@ -87,14 +98,20 @@ def run_answer(
     path: Path, checks: Path, printed: str, limit: float, connection: Connection
 ) -> None:
     """In a child: load the answer, try every property, send a Result's parts for each."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # what it starts can be ended with it
     with open(printed, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    raw = open(1, "wb", buffering=0, closefd=False)  # nothing is kept back when it is stopped
+    sys.stdout = sys.stderr = io.TextIOWrapper(raw, "utf-8", "replace", write_through=True)
     torch.set_num_threads(1)
     properties = load(checks, "checks")
-    for name in properties.FORBIDDEN:
+    forbidden = (*properties.FORBIDDEN, *JUDGES)
+    for name in forbidden:
         sys.modules[name] = None  # an import of it fails, however it is written
+    set_limits()
+    fence(path, checks.parent, forbidden)
     try:
         answer = Watched(load(path, "answer"))
     except BaseException as e:
@@ -116,7 +133,9 @@ def try_property(item: Property, answer: Watched, path: Path, failed: list[str])
         with np.errstate(all="ignore"):  # mistakes are computed too, from nan and inf
             item.holds(answer)
     except NotImplementedError as e:
-        return "not started", str(e)
+        if str(e).startswith("exercise "):  # torch has errors of this name too
+            return "not started", str(e)
+        return "wrong", "  " + failure(e, path)
     except Wrong as e:
         first = [name for name in item.after if name in failed]
         if first and e.cause == UNKNOWN:
@@ -137,16 +156,35 @@ def failure(error: BaseException, path: Path) -> str:
     where = f"line {frames[-1].lineno}" if frames else "the call of your function"
     if isinstance(error, SystemExit):
         return f"{where} ends the program: return instead"
+    if isinstance(error, Refused):
+        return f"{where} {error}"
     if isinstance(error, bdb.BdbQuit):
         return "there is no debugger here: print instead of breakpoint()"
     if isinstance(error, ModuleNotFoundError) and "None in sys.modules" in str(error):
         return f"{where} imports {error.name}, where the answer stands: write it here"
     if isinstance(error, AttributeError) and not frames:
         return f"{error}: is the name as in the skeleton?".replace("module 'answer'", "your file")
-    first = next(iter(str(error).splitlines()), "")[:200]
-    shapes = isinstance(error, RuntimeError) and "must match the size of tensor" in first
-    hint = ": [B] against [B, M]? x[:, None] makes [B, 1] of [B]" if shapes else ""
-    return f"{where} fails: {type(error).__name__}: {first}{hint}"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{where} writes more than {LARGEST_FILE >> 20} MB: an endless loop?"
+    first = words_of(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in first:
+        return f"{where} asks for more than {MEMORY >> 30} GB of memory: look at the shapes"
+    hint = next((hint for words, hint in HINTS.items() if words in first), "")
+    return f"{where} fails: {type(error).__name__}: {first}".rstrip(": ") + hint
+
+
+HINTS = {  # for what torch says
+    "must match the size of tensor": ": [B] against [B, M]? x[:, None] makes [B, 1] of [B]",
+    "not implemented for 'Long'": ": these are whole numbers, x.float() makes others of them",
+}
+
+
+def words_of(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    try:
+        return next(iter(str(error).splitlines()), "")[:200]
+    except Exception:  # one of an answer's own, that can't be read
+        return ""
 
 
 # ----------------------------------------------------------------------------------- the parent's
@@ -164,7 +202,7 @@ def check(
     path = (path or answer_path(number)).resolve()
     source = (checks or FOLDER / "checks") / f"ex{number:02}.py"
     properties = load(source, f"checks_{number}")
-    if problem := forbidden_import(path, properties.FORBIDDEN):
+    if problem := forbidden_import(path, (*properties.FORBIDDEN, *JUDGES)):
         return [
             Result(p.name, p.points, "wrong", f"  {problem}") for p in properties.PROPERTIES
         ], ""
@@ -179,10 +217,14 @@ def check(
         )
         child.start()
         sender.close()
-        states, lost = listen(receiver, time.monotonic() + limit)
-        child.kill()
-        child.join()
-        text = Path(printed).read_text(errors="replace") if Path(printed).exists() else ""
+        try:
+            count = len(properties.PROPERTIES)
+            states, lost = listen(receiver, count, time.monotonic() + limit)
+        finally:
+            end(child)
+        text = ""
+        if Path(printed).exists():
+            text = Path(printed).read_text(encoding="utf-8", errors="replace")
     if not lost and len(states) < len(properties.PROPERTIES):
         lost = f"the process ended by itself (exit code {child.exitcode}): a crash, or os._exit"
     results = []
@@ -192,13 +234,24 @@ def check(
     return results, text
 
 
-def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, str]], str]:
-    """What a child sends until it ends or its time is over.
+def end(child: BaseProcess) -> None:
+    """Stop a child, and what it has started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (AttributeError, OSError):  # there are no groups, or it has not made its own yet
+        child.kill()
+    child.join()
+
+
+def listen(
+    receiver: Connection, count: int, deadline: float
+) -> tuple[dict[int, tuple[str, str]], str]:
+    """What a child sends until all `count` properties are tried, it ends, or its time is over.
 
     Returns: {index of a property: (state, message)}; why some are missing, if it is known.
     """
     states, index = {}, 0
-    while True:
+    while len(states) < count:
         if not receiver.poll(max(0.0, deadline - time.monotonic())):
             return states, "it did not end within LIMIT s: an endless loop? A busy machine?"
         try:
@@ -211,6 +264,7 @@ def listen(receiver: Connection, deadline: float) -> tuple[dict[int, tuple[str, 
             index = content
         else:
             states[index] = (word, content)
+    return states, ""
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -234,7 +288,8 @@ def lines_of(number: int, results: list[Result], printed: str) -> list[str]:
             told = r.message
     if text := printed.strip():
         some = text.splitlines()
-        lines += ["  it printed:", *("    " + line[:100] for line in some[:10])]
+        shown = ("".join(filter(str.isprintable, x[:100].expandtabs())) for x in some[:10])
+        lines += ["  it printed:", *("    " + line for line in shown)]
         lines += [f"    ... {len(some) - 10} lines more"] if len(some) > 10 else []
     return lines
 
@@ -298,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
         if not (given.checks / f"ex{number:02}.py").is_file():
             parser.error(f"--checks {given.checks} has no ex{number:02}.py")
     torch.set_num_threads(1)  # before a fork
+    with contextlib.suppress(AttributeError):  # not every terminal can show what was printed
+        sys.stdout.reconfigure(errors="replace")
     checked = {}
     for number in numbers:
         results, printed = check(number, given.file, given.checks)
@@ -314,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     except BrokenPipeError:  # whoever read the lines, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)

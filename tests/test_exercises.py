@@ -1,19 +1,23 @@
 """The classroom: solutions pass, skeletons have not started, wrong answers are told why."""
 
 import importlib.util
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
 
 import train
-from exercises import check
+from exercises import check, fence
 from exercises.judge import Wrong
 from experiments.mutants import read_mutants
 from harness.config import resolve
@@ -102,6 +106,16 @@ BAD = {
         "def candidate_probs(*x): raise __import__('bdb').BdbQuit",
         "print instead of breakpoint()",
     ),
+    "integers": (
+        "def candidate_probs(x, *y): return x.long().softmax(-1)",
+        "not implemented for 'Long': these are whole numbers, x.float() makes others of them",
+    ),
+    "mute": (
+        "class Odd(Exception):\n    def __str__(self): 1 / 0\ndef candidate_probs(*x): raise Odd",
+        "line 3 fails: Odd",
+    ),
+    "brackets": (f"x = {'-' * 10_000}1", "answer.py can't be read ("),
+    "oracle": ("from exercises import oracle", "line 1 imports exercises.oracle, where the answer"),
     "loop": (
         "import time\ndef candidate_probs(*x):\n    while True: time.sleep(1)",
         "an endless loop?",
@@ -116,6 +130,132 @@ def test_what_is_no_answer_ends_in_a_sentence_and_not_in_a_traceback(kind, tmp_p
     assert check.score_of(results) == 0 and len(results) == 6
     assert sentence in said and "Traceback" not in said and "check.py" not in said
     assert all(len(line) < 400 for line in said.splitlines())
+
+
+needs_limits = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only Linux limits the memory of a process"
+)
+
+
+@needs_limits
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("while True: print('x' * 10**7)", "line 1 writes more than 64 MB: an endless loop?"),
+        (
+            "import torch\ndef candidate_probs(*x): return torch.empty(1500, 2**20)",
+            "line 2 asks for more than 4 GB of memory: look at the shapes",
+        ),
+    ],
+)
+def test_neither_disk_nor_memory_is_filled(text, sentence, tmp_path):
+    _, said = checked(2, answer_with(tmp_path, text), limit=20.0)
+    assert sentence in said and len(said) < 3000
+
+
+SPEC = "import importlib.util as u\ns = u.spec_from_file_location('x', PATH)\n"
+READS = {
+    "lire.py": "open(PATH).read()",
+    "exercises/checks/ex02.py": SPEC + "s.loader.exec_module(u.module_from_spec(s))",
+    "tests/exercises/ex02.py": "import pathlib\npathlib.Path(PATH).read_bytes()",
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_an_answer_does_not_read_where_the_answer_stands(name, tmp_path):
+    text = READS[name].replace("PATH", repr(str(ROOT / name)))
+    results, said = checked(2, answer_with(tmp_path, text))
+    assert check.score_of(results) == 0
+    assert f"reads {Path(name).name}, where the answer stands: write it here" in said
+    assert fence.module_of(ROOT / "__pycache__" / "lire.cpython-312.pyc") == "lire"
+    read = SPEC.replace("PATH", repr(str(ROOT / "baselines.py"))) + "s.loader.get_code('x')\n"
+    solution = (ANSWERS / "ex02.py").read_text()
+    results, _ = checked(2, answer_with(tmp_path, f"{read}open(__file__).read()\n{solution}"))
+    assert check.score_of(results) == 0  # baselines.py holds it too
+    results, _ = checked(1, answer_with(tmp_path, read + (ANSWERS / "ex01.py").read_text()))
+    assert check.score_of(results) == 10  # for exercise 1 it is a file like any other
+
+
+CHANGES = (
+    "open(PATH, 'a').write('x = 1')",
+    "import os\nos.remove(PATH)",
+    "import os\nos.rename(PATH, PATH + '.old')",
+    "import os\nopen(PATH + '.new', 'w').close()\nos.replace(PATH + '.new', PATH)",
+    "import os\nos.close(os.open(PATH, os.O_RDWR | os.O_TRUNC))",
+    "import os\nos.truncate(PATH, 0)",
+)
+
+
+@pytest.mark.parametrize("text", CHANGES)
+def test_no_answer_changes_the_files_of_the_course(text, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    file = hidden / "ex01.py"
+    before = (ROOT / "exercises" / "checks" / "ex01.py").read_text()
+    file.write_text(before)
+    text = text.replace("PATH", repr(str(file))) + "\n" + (ANSWERS / "ex01.py").read_text()
+    results, said = checked(1, answer_with(tmp_path, text), checks=hidden)
+    assert check.score_of(results) == 0 and "changes ex01.py, a file of the course" in said
+    assert file.read_text() == before
+    own = f"open({str(tmp_path / 'own.txt')!r}, 'w').write('mine')\n"  # and this is no such file
+    results, _ = checked(1, answer_with(tmp_path, own + (ANSWERS / "ex01.py").read_text()))
+    assert check.score_of(results) == 10 and (tmp_path / "own.txt").read_text() == "mine"
+
+
+def test_the_folder_of_the_course_is_not_removed(tmp_path):
+    text = f"import shutil\nshutil.rmtree({str(ROOT / 'exercises' / 'not there')!r})"
+    _, said = checked(1, answer_with(tmp_path, text))
+    assert "line 2 changes not there, a file of the course: leave it as it is" in said
+
+
+def test_what_an_answer_leaves_behind_holds_nothing_up(tmp_path):
+    late = tmp_path / "late"
+    text = "import subprocess, threading, time\n"
+    text += "threading.Thread(target=time.sleep, args=(40,)).start()\n"
+    text += f"subprocess.Popen(['sh', '-c', 'sleep 1; echo > {late}'])\nprint('begun', end='')\n"
+    began = time.monotonic()
+    results, said = checked(1, answer_with(tmp_path, text + (ANSWERS / "ex01.py").read_text()))
+    assert check.score_of(results) == 10 and "begun" in said and time.monotonic() - began < 20
+    time.sleep(1.5)
+    assert not late.exists() or sys.platform == "win32"
+
+
+def test_an_endless_answer_is_stopped_by_the_keyboard(tmp_path):
+    text = f"open({str(tmp_path / 'begun')!r}, 'w').close()\nwhile True: pass"
+    words = ["-m", "exercises.check", "1", "--file", str(answer_with(tmp_path, text))]
+    check_ = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists() and check_.poll() is None:
+        time.sleep(0.05)
+    check_.send_signal(signal.SIGINT)
+    _, said = check_.communicate(timeout=20)
+    assert said == "stopped\n" and check_.returncode == 1
+
+
+def test_an_exercise_whose_file_is_missing_costs_its_own_points(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "FOLDER", tmp_path)
+    results, said = checked(7, None, checks=ROOT / "exercises" / "checks")
+    assert check.score_of(results) == 0 and "can't be read (FileNotFoundError)" in said
+    assert "exercise 7, file is missing: 0 of 10 points" in said
+    for name in ("ex07_optimum copy.py", "ex07_optimum.py", "ex07_optimum_old.py"):
+        (tmp_path / name).touch()
+    assert check.answer_path(7).name == "ex07_optimum.py"
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    text = "\ufeff" + (ANSWERS / "ex07.py").read_text()
+    path = tmp_path / "answer.py"
+    path.write_text(text, encoding="utf-8")
+    assert check.score_of(checked(7, path)[0]) == 10
+
+
+def test_whatever_is_printed_can_be_shown(tmp_path, monkeypatch):
+    text = "print('\\x1b[2Jcleared \\ud800 \u03c0')\n" + (ANSWERS / "ex01.py").read_text()
+    path = tmp_path / "answer.py"
+    path.write_text(text, encoding="utf-8")
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert check.main(["1", "--file", str(path)]) == 0
+    assert b"    [2Jcleared ? ?\n" in terminal.buffer.getvalue()
 
 
 def test_a_property_that_never_ends_does_not_cost_those_before_it(tmp_path):
@@ -139,11 +279,12 @@ def test_what_an_answer_prints_is_shown_shortened_and_changes_nothing(tmp_path):
 
 
 def test_no_answer_changes_what_another_gets(tmp_path):
-    spoils = "import torch\ntorch.logsumexp = torch.softmax = torch.where = None\n"
-    spoils += "import exercises.judge\nexercises.judge.same = lambda *x: None\n"
+    spoils = "import numpy, sys, torch\ntorch.logsumexp = torch.softmax = torch.where = None\n"
+    spoils += "numpy.allclose = lambda *x, **y: True\nsys.path.clear()\n"
     checked(1, answer_with(tmp_path, spoils))
     results, _ = checked(7, ANSWERS / "ex07.py")
     assert check.score_of(results) == 10 and torch.logsumexp is not None
+    assert not np.allclose(0, 1) and sys.path
 
 
 def test_without_matplotlib_the_picture_is_left_out_and_not_begun_is_not_passed(tmp_path):
