@@ -9,7 +9,7 @@ def zeroed(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(mask, x, 0.0)
 
 
-def softmax(x: np.ndarray, mask: np.ndarray | None = None, axis: int = -1) -> np.ndarray:
+def softmax(x: np.ndarray, mask: np.ndarray | None = None, *, axis: int = -1) -> np.ndarray:
     """Over an axis, of what is real; 0 elsewhere."""
     x = x if mask is None else np.where(mask, x, -np.inf)
     odds = np.exp(x - x.max(axis, keepdims=True))

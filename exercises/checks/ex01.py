@@ -32,6 +32,7 @@ def mistakes(logits, ids, mask):
     begun = np.cumsum(mask, -1) > 0
     to_the_end = np.cumsum(mask[:, ::-1], -1)[:, ::-1] > 0
     at_t = np.take_along_axis(log_softmax(logits), ids[..., None], -1)[..., 0]
+    along = np.take_along_axis(log_softmax(logits[:, :-1].swapaxes(1, 2)), ids[:, None, 1:], 1)
     raw = np.take_along_axis(logits[:, :-1], ids[:, 1:, None], -1)[..., 0]
 
     def over(where, values=own):
@@ -48,9 +49,13 @@ def mistakes(logits, ids, mask):
         "the mask is not used: prompt and padding are in the sum": own.sum(-1),
         "the prompt is in the sum: what comes before the response is given": over(to_the_end),
         "the padding is in the sum": over(begun),
+        "the mask is turned around: all but the response is in the sum": over(~mask),
         "the end token is left out: the mask already ends with it": over(mask & early),
         "the first response token is left out: the prompt's last place predicts it": over(
             mask & late
+        ),
+        "log_softmax over the places of the text, where it is over the vocabulary, the last axis": (
+            over(mask[:, 1:], along[:, 0])
         ),
         "a probability, not its log": np.exp(right),
         "probabilities are added, not their logs": over(mask, np.exp(own)),
@@ -108,8 +113,11 @@ def half_precision(answer):
     right = expected(logits.double().numpy(), ids, mask)
     got = answer.sequence_logps(logits, torch.tensor(ids), torch.tensor(mask))
     if isinstance(got, torch.Tensor) and got.dtype != torch.float32:
-        cause = "200 log-probs are added in half precision, which loses a nat: logits.float() first"
-        raise Wrong("float32", str(got.dtype).removeprefix("torch."), cause)
+        cause = f"the result is {got.dtype}"
+        if got.dtype == logits.dtype:
+            cause = "200 log-probs are added in half precision, which loses a nat"
+        name = str(got.dtype).removeprefix("torch.")
+        raise Wrong("float32", name, f"{cause}: logits.float() first")
     rough = logits[:, :-1].log_softmax(-1).gather(-1, torch.tensor(ids)[:, 1:, None])[..., 0]
     rough = torch.where(torch.tensor(mask[:, 1:]), rough, 0.0)
     late = {

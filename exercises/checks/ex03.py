@@ -43,6 +43,18 @@ def wrong_gradients(logps, rewards, mask, T):
         "the list's mean reward is weighted by P, here every candidate counts the same": (
             zeroed(-P * (R - middle) / T, mask)
         ),
+        "the plain mean, and over all M slots: weighted by P is the list's mean reward": (
+            -P * (R - R.mean(-1, keepdims=True)) / T
+        ),
+        "the mean reward of the whole batch is subtracted: each list has its own (dim=-1)": (
+            -P * (R - (P * R).sum()) / T
+        ),
+        "the list's mean reward is added: in the bracket it is subtracted": (
+            -P * (R + total(P * R)) / T
+        ),
+        "P_j is a factor of R_j alone: it stands before the whole bracket": (
+            -(P * R - total(P * R)) / T
+        ),
         "the list's summed reward is subtracted: each R_m has its P_m as a factor": (
             zeroed(-P * (R - total(R)) / T, mask)
         ),

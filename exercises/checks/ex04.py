@@ -177,7 +177,7 @@ def wrong_largest(scores, T):
         "T is not used": softmax(scores).max(-1).mean(),
         "the largest P of all lists: it is the mean over lists of each one's largest": P.max(),
         "the softmax goes over the lists, not over the candidates of a list": (
-            softmax(scores / T, 0).max(-1).mean()
+            softmax(scores / T, axis=0).max(-1).mean()
         ),
         "the mean over lists is taken first, then the largest: each list has its own largest": (
             P.mean(0).max()

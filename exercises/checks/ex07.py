@@ -46,9 +46,11 @@ def wrong_values(ref_logps, rewards, tau):
         "tau divides the reference's log-probs, and not r: are the two in the wrong order?": tau
         * logsumexp(ref_logps / tau + rewards),
         "the sign is turned": -right,
-        "log-probs stand where probabilities belong": tau
-        * np.log((ref_logps * np.exp(rewards / tau)).sum(-1)),
+        "the largest reward: that is V* as tau goes to 0": rewards.max(-1),
     }
+
+
+NEGATIVE = "nan: a log of a negative number? ref_logps are logs, their exp is pi_ref"
 
 
 def wrong_policies(ref_logps, rewards, tau):
@@ -81,7 +83,7 @@ def worked_example(answer):
     root = np.exp(1 / 2)
     total = 0.5 * root + 0.3 + 0.2 / root
     got = answer.optimal_value(*tensors(*case[:2]), 2.0)
-    same(got, [2 * np.log(total)], wrong_values(*case))
+    same(got, [2 * np.log(total)], wrong_values(*case), odd=NEGATIVE)
     right = np.log([[0.5 * root, 0.3, 0.2 / root]]) - np.log(total)
     same(answer.optimal_logps(*tensors(*case[:2]), 2.0), right, wrong_policies(*case))
 
@@ -89,7 +91,8 @@ def worked_example(answer):
 def values(answer):
     for seed, (B, M, tau) in enumerate([(2, 3, 0.5), (3, 7, 5.0), (1, 13, 2.0)]):
         case = (*sets(B, M, seed), tau)
-        same(answer.optimal_value(*tensors(*case[:2]), tau), value(*case), wrong_values(*case))
+        got = answer.optimal_value(*tensors(*case[:2]), tau)
+        same(got, value(*case), wrong_values(*case), odd=NEGATIVE)
 
 
 def policies(answer):
@@ -125,6 +128,9 @@ def a_shift(answer):
     wrong = {
         "log pi* moves by c: but V* moves by c too, and only r - V* counts": before[1] + c[:, None],
         "log pi* falls by c: its rows would no longer sum to 1": before[1] - c[:, None],
+        "log pi* falls by c / tau, as V* grows: but r grows by c as well": (
+            before[1] - c[:, None] / 0.7
+        ),
     }
     same(result[1], before[1], wrong)
 
