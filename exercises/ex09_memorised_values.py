@@ -69,9 +69,7 @@ def settings() -> dict:
     candidates  8      responses a prompt, at least 1
     evolve      1      how often the policy samples anew, 1: once, before it learns; 0: never, the
                        responses are then those that come logged with the task
-    iterate     1      passes over the prompts. The steps stay, of 16 prompts each: only where steps
-                       x 16 / iterate is below the 60 prompts are fewer of them read, more often
-    steps       120    at most 400
+    steps       120    at most 400; a step reads 16 of the 60 prompts, so 120 read each 32 times
     lr          1e-3   of the policy, > 0: a policy that stays has a tiny one, at most 1e-5
     value_lr    None   of V, > 0; None: the same as lr
     """

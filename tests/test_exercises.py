@@ -1,5 +1,6 @@
 """The classroom: solutions pass, skeletons have not started, wrong answers are told why."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -420,6 +422,26 @@ def test_a_run_of_exercise_9_in_which_v_has_not_memorised_is_told_why():
         causes.append(told.value.cause)
     assert "value_lr 10 is too high" in causes[0]
     assert causes[1].endswith("more steps") and causes[2].endswith("or a higher value_lr")
+
+
+def test_what_is_not_set_in_exercise_9_is_what_its_text_says(monkeypatch):
+    checks = check.load(ROOT / "exercises" / "checks" / "ex09.py", "checks_of_9")
+    text = check.load(check.answer_path(9), "exercise_9").settings.__doc__
+    said = re.findall(r"^    (\w+) +(\S+)  ", text, re.M)
+    assert {name: ast.literal_eval(value) for name, value in said} == checks.START
+    runs = []
+
+    def run_quietly(config):
+        runs.append(resolve(config))
+        raise train.ConfigError("seen")
+
+    monkeypatch.setattr(checks, "run_quietly", run_quietly)
+    own = {"candidates": 1, "lr": 1e-9, "value_lr": 2e-3}
+    with pytest.raises(Wrong):
+        checks.run(SimpleNamespace(settings=lambda: own))
+    [c] = runs
+    expected = checks.START | own | {"batch_size": 16, "iterate": 1}
+    assert {name: getattr(c, name) for name in expected} == expected
 
 
 def test_exercise_10_without_its_line_for_a_loss_is_lires(recorded, tmp_path):

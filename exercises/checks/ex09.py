@@ -17,16 +17,21 @@ TRUE = {
     "seeing: residual/rms": "falls to 0",
     "seeing: residual/within_prompt": "falls to 0",
 }
-MAY_SET = ("candidates", "evolve", "iterate", "steps", "lr", "value_lr")
+# What may be set, and what holds where it is not.
+START = {"candidates": 8, "evolve": 1, "steps": 120, "lr": 1e-3, "value_lr": None}
 RUN = {  # the rest of the run: small enough for a few seconds
     **{"objective": "dro", "task": "tiny", "tau": 1.0, "device": "cpu", "seed": 0},
     **{"layers": 1, "heads": 2, "width": 64, "reference_steps": 60, "reference_batch": 8},
-    **{"eval_prompts": 4, "eval_samples": 8, "eval_every": 50},
+    **{"eval_prompts": 4, "eval_samples": 8, "eval_every": 50, "batch_size": 16},
+    "iterate": 1,
 }
 
 
 def predictions(answer):
     given = answer.PREDICTED
+    if not isinstance(given, dict):
+        cause = "PREDICTED is a dictionary: keep it as the skeleton has it"
+        raise Wrong("a dictionary", repr(given), cause)
     if all(value is None for value in given.values()):
         raise NotImplementedError("exercise 9: predictions")
     for name in TRUE:
@@ -134,12 +139,11 @@ def objection(own):
     """Why V would not memorise with these settings, or it could not be seen; empty if it would."""
     if not isinstance(own, dict):
         return f"settings() returns a dict, not a {type(own).__name__}"
-    if unknown := set(own) - set(MAY_SET):
-        return f"{', '.join(sorted(unknown))}: only {', '.join(MAY_SET)} may be set"
-    c = {"candidates": 8, "evolve": 1, "iterate": 1, "steps": 120, "lr": 1e-3, "value_lr": None}
-    c |= own
+    if unknown := set(own) - set(START):
+        return f"{', '.join(sorted(map(str, unknown)))}: only {', '.join(START)} may be set"
+    c = START | own
     numbers = {name: value for name, value in own.items() if (name, value) != ("value_lr", None)}
-    if odd := odd_number(numbers, ("candidates", "evolve", "iterate", "steps")):
+    if odd := odd_number(numbers, ("candidates", "evolve", "steps")):
         return odd
     if c["steps"] > 400:
         return f"{c['steps']} steps: at most 400, it is a classroom"
@@ -167,7 +171,7 @@ def run(answer):
     if problem := objection(own := answer.settings()):
         raise Wrong("residual/rms falls to less than half, within_prompt stays", own, problem)
     with tempfile.TemporaryDirectory() as folder:
-        config = train.Config(**RUN, **own, out=f"{folder}/run")
+        config = train.Config(**RUN, **(START | own), out=f"{folder}/run")
         try:
             _, rows = run_quietly(config)
         except train.ConfigError as e:

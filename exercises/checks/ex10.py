@@ -22,7 +22,7 @@ RUN = {  # the rest of the run: small enough for a few seconds
     **{"objective": "lire", "task": "tiny", "device": "cpu", "steps": 120},
     **{"layers": 1, "heads": 2, "width": 64},
     **{"reference_steps": 150, "reference_batch": 8, "reference_lr": 3e-3},
-    **{"eval_prompts": 20, "eval_samples": 16, "eval_every": 20},
+    **{"eval_prompts": 20, "eval_samples": 16, "eval_every": 20, "batch_size": 16},
 }
 
 
@@ -94,7 +94,7 @@ def objection(own):
     if not isinstance(own, dict):
         return f"settings() returns a dict, not a {type(own).__name__}"
     if unknown := set(own) - set(START):
-        return f"{', '.join(sorted(unknown))}: only {', '.join(START)} may be set"
+        return f"{', '.join(sorted(map(str, unknown)))}: only {', '.join(START)} may be set"
     numbers = {name: value for name, value in own.items() if not isinstance(START[name], str)}
     if odd := odd_number(numbers, ("candidates", "evolve", "iterate")):
         return odd
