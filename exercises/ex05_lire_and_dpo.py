@@ -1,9 +1,8 @@
 """Exercise 5 (derive, 30 minutes): what LIRE and DPO do with a pair in the wrong order.
 
 DPO (direct preference optimisation) learns from pairs, which are LIRE's lists of two: w, the better
-response, and l, the worse one. Training should make s_w larger than
-s_l (s = log pi(y | x)). Where the model has them in the wrong order by many nats, which loss pulls
-hard, and which lets go?
+response, and l, the worse one. Training should make s_w larger than s_l (s = log pi(y | x)). Where
+the model has them in the wrong order by many nats, which loss pulls hard, and which lets go?
 
     LIRE   loss = - P_w R_w - P_l R_l                   (arXiv 2405.13516, Eq. 4 and 5)
            P = softmax of (s_w, s_l) / T,  R = softmax of the raw rewards (r_w, r_l)
