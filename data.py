@@ -303,7 +303,7 @@ class Batch:
     ref_logps: Tensor | None = None  # [B, M]
 
 
-def make_batch(examples: list[Example], eos: int, device: str = "cpu") -> Batch:
+def make_batch(examples: list[Example], eos: int, device: str | torch.device = "cpu") -> Batch:
     """Pad Examples to tensors. Padding ids are EOS, padding rewards and ref_logps 0.
 
     >>> one = Example("", [1, 2], [[3, 0], [4]], [1.0, 2.0])
@@ -324,16 +324,21 @@ def make_batch(examples: list[Example], eos: int, device: str = "cpu") -> Batch:
     response_mask = torch.arange(R) < lengths[..., None]  # [B, M, R]
     ref_logps = None
     if all(e.ref_logps is not None for e in examples):
-        ref_logps = torch.tensor([padded(e.ref_logps, M, 0.0) for e in examples]).to(device)
-    return Batch(
-        prompt_ids=torch.tensor([padded(e.prompt_ids, S, eos) for e in examples]).to(device),
-        prompt_mask=(torch.arange(S) < prompt_lengths[:, None]).to(device),
-        response_ids=torch.tensor([[padded(y, R, eos) for y in row] for row in lists]).to(device),
-        response_mask=response_mask.to(device),
-        candidate_mask=response_mask[..., 0].to(device),
-        rewards=torch.tensor([padded(e.rewards, M, 0.0) for e in examples]).to(device),
+        ref_logps = torch.tensor([padded(e.ref_logps, M, 0.0) for e in examples])
+    batch = Batch(
+        prompt_ids=torch.tensor([padded(e.prompt_ids, S, eos) for e in examples]),
+        prompt_mask=torch.arange(S) < prompt_lengths[:, None],
+        response_ids=torch.tensor([[padded(y, R, eos) for y in row] for row in lists]),
+        response_mask=response_mask,
+        candidate_mask=response_mask[..., 0],
+        rewards=torch.tensor([padded(e.rewards, M, 0.0) for e in examples]),
         ref_logps=ref_logps,
     )
+    if torch.device(device).type == "cpu":
+        return batch
+    # From pinned memory a GPU copies by itself: nobody waits, neither for it nor for its work.
+    tensors = {name: x.pin_memory() for name, x in vars(batch).items() if x is not None}
+    return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 
 
 def batch_order(

@@ -15,6 +15,7 @@ of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads. Pro
 are padded on the right; what stands in the padding changes nothing.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -306,13 +308,50 @@ def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) 
     """
     mask = batch.response_mask
     states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
-    states = states[mask]  # [n, D], real tokens alone
-    logits = model.head(states).float()  # [n, V]
     if allowed is not None:
         place = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)[mask]
-        logits = logits.masked_fill(~allowed[place], -torch.inf)
-    token_logps = -F.cross_entropy(logits, batch.response_ids[mask], reduction="none")  # [n]
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, token_logps).sum(-1)
+        allowed = allowed[place]  # [n, V]
+    # Of real tokens alone: states [n, D], ids [n].
+    logps = token_logps(model, states[mask], batch.response_ids[mask], allowed)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps).sum(-1)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args); what backward needs of it is not kept but computed again there.
+
+    That is activation checkpointing; the function may draw no random numbers.
+    """
+    # With a cast of its own, the gradients that several calls have for a weight are added up in
+    # float32 and not in bfloat16.
+    torch.clear_autocast_cache()
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+MOST_LOGITS = 2**21  # at a time; three copies or so, of 8 MB, stay in a processor's cache
+
+
+def token_logps(
+    model: nn.Module, states: Tensor, ids: Tensor, allowed: Tensor | None = None
+) -> Tensor:
+    """log pi(token) = log softmax(head(state))[id] of every token.
+
+    With a large vocabulary the logits of all tokens would be most of the memory. So they are made
+    for a chunk of tokens at a time, and once more in the backward pass.
+
+    Args: states [n, D]; ids [n]; allowed: [n, V] bool, the rest have probability 0; or None.
+    Returns: [n] float32, also under autocast.
+    """
+    # D tokens at least: a chunk has as many logits then as the head has weights, and adding up the
+    # weights' gradients, which every chunk has of its own, stays the smaller work.
+    size = max(MOST_LOGITS // model.config.vocab_size, states.shape[-1])
+    if len(ids) > size:
+        rows = itertools.repeat(None) if allowed is None else allowed.split(size)
+        chunks = zip(states.split(size), ids.split(size), rows)
+        return torch.cat([recomputed(token_logps, model, *chunk) for chunk in chunks])
+    logits = model.head(states).float()  # [n, V]
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return -F.cross_entropy(logits, ids, reduction="none")
 
 
 @torch.no_grad()

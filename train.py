@@ -63,8 +63,8 @@ from harness.run import (
     run_script,
     save,
 )
-from harness.update import objective_inputs, step_metrics, update, with_reference
-from model import ValueNetwork, response_logps
+from harness.update import objective_inputs, policy_logps, step_metrics, update, with_reference
+from model import ValueNetwork
 from objectives import OBJECTIVES, total, try_objective
 
 # -------------------------------------------------------------------------------------------- state
@@ -175,7 +175,7 @@ def train_policy(c: Config, world: World, state: State, reference: nn.Module, ru
 
         # Forward: log pi(y|x) of every candidate, with gradient; what else the objective needs.
         with precision(c):
-            logps = response_logps(state.policy, batch, world.allowed)  # [B, M]
+            logps = policy_logps(c, world, state.policy, batch)  # [B, M]
             x = objective_inputs(c, world, state, reference, batch, logps)
 
         # The objective is a function of x; the means of its parts are added up.

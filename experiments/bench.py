@@ -6,6 +6,10 @@
                                                             15 pairs
     python -m experiments.bench --model gpt2 --device cuda  the 124 M GPT-2 size
     python -m experiments.bench --peer hf                   against transformers; trl: against TRL
+    python -m experiments.bench --quick --model v8k v32k v50k --shapes 8,64,128
+                                                            what a large vocabulary costs
+    python -m experiments.bench --mfu                       the share of a GPU's peak that LIRE
+                                                            reaches at the 124 M size
 
 `once` is an update (forward and backward, no optimiser) as the project does it: the prompt read
 once, its M responses attend to it. `repeated` is the same model given B * M prompts with one
@@ -23,6 +27,10 @@ what the process held before it, each variant in a process of its own: the resid
 Sampling is timed at the first shape: models.sample, and the same tokens drawn with prompt and
 response read again for every one. Times are worth something on an idle machine only: the load at
 the start is printed. Writes results/bench.json, or with --quick out/bench.json.
+
+`--mfu` times whole updates of LIRE, optimiser included, in bfloat16, eager and under torch.compile
+in turn. MFU is `useful_flops` over time, as a share of what the card's data sheet promises for
+dense bfloat16 products.
 """
 
 import argparse
@@ -38,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+import lire
 import model as models
 from experiments import peers
 from experiments.cells import write_results
@@ -49,7 +58,8 @@ from experiments.timing import (
     spread,
     timed_pairs,
 )
-from harness.pool import set_numerics
+from harness.pool import precision, set_numerics
+from harness.update import update as optimizer_step
 from train import Config
 
 SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
@@ -57,7 +67,12 @@ MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
     "gpt2": (1, 15, dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)),
+    "v8k": (1, 15, {"vocab_size": 8192}),
+    "v32k": (1, 15, {"vocab_size": 32768}),
+    "v50k": (1, 15, {"vocab_size": 50257}),
 }
+# Dense bfloat16 FLOP/s by data sheet; of the names that stand in a card's own, the first counts.
+BF16_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
 
 
 def token_ratio(M: int, S: int, R: int) -> float:
@@ -228,6 +243,49 @@ def measure(
     return row
 
 
+def lire_update(model: nn.Module, batch: data.Batch, device: str, compiled: bool) -> Callable:
+    """A whole update of LIRE in bfloat16, to be called again and again."""
+    c = Config(device=device, dtype="bfloat16")
+    score = torch.compile(models.response_logps) if compiled else models.response_logps
+    groups = [{"params": list(model.parameters()), "peak": 1e-5}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    rewards = lire.transform_rewards(batch.rewards, batch.candidate_mask, "softmax")
+
+    def step() -> None:
+        with precision(c):
+            logps = score(model, batch)
+        loss = lire.lire_loss(logps, rewards, batch.candidate_mask, 16.0).mean()
+        optimizer_step(optimizer, loss, 1, 1, 1.0)
+
+    return step
+
+
+def utilisation(
+    card: str, name: str, B: int, shape: tuple[int, int, int], device: str, pairs: int
+) -> list[dict[str, Any]]:
+    """Seconds of LIRE's update, tokens a second, FLOP/s and MFU: eager and compiled.
+
+    card: as torch names it; its MFU is None where BF16_PEAKS does not know it.
+    """
+    peak = next((flops for part, flops in BF16_PEAKS.items() if part in card), None)
+    model, batch, _ = setup(name, shape, device, B)
+    (M, S, R), flops = shape, useful_flops(model.config, B, *shape)
+    batch.rewards.uniform_()
+    steps = [lire_update(model, batch, device, compiled) for compiled in (False, True)]
+    rows = []
+    for how, times in zip(("eager", "compiled"), timed_pairs(*steps, pairs, device)):
+        seconds = quartiles(times)
+        row = {"how": how, "seconds": seconds, "tokens": B * (S + M * R) / seconds[1]}
+        row |= {"flops": flops / seconds[1], "mfu": peak and flops / seconds[1] / peak}
+        rows.append(row)
+        share = "-" if peak is None else f"{row['mfu']:.0%} of {peak / 1e12:.0f}"
+        print(
+            f"{how:8} {spread(seconds, 1e3, 1)} ms, {row['tokens']:,.0f} tokens/s, "
+            f"{row['flops'] / 1e12:.1f} TFLOP/s, MFU {share}"
+        )
+    return rows
+
+
 COLUMNS = [  # title, width, text of a row
     ("model", 8, lambda row: row["model"]),
     ("B", 3, lambda row: row["B"]),
@@ -319,7 +377,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help="the first shape, the default model and 3 pairs, where not said otherwise",
     )
     parser.add_argument("--peer", choices=PEERS, help="measure against another library")
+    parser.add_argument("--mfu", action="store_true", help="LIRE at the 124 M size on a GPU")
     args = parser.parse_args(argv)
+    if args.mfu and not torch.cuda.is_available():
+        print("--mfu is of a GPU's peak, and torch sees no GPU here")
+        return {}
+    if args.mfu:
+        set_numerics(Config(device="cuda"))
+        card = torch.cuda.get_device_name()
+        print(f"torch {torch.__version__}, {card}: LIRE, 124 M, B 16, M 8, S 256, R 32, bfloat16")
+        return {"card": card, "rows": utilisation(card, "gpt2", 16, (8, 256, 32), "cuda", 15)}
     try:
         shapes = SHAPES[:1] if args.quick else SHAPES
         if args.shapes:

@@ -105,6 +105,9 @@ class Config:
     shuffle_prompts: bool = option(False, "control: train every list under another prompt")
     steps: int | None = option(None, "optimiser steps in all, over all rounds")
     batch_size: int | None = option(None, "B, prompts a step", positive=True)
+    grad_accum: int = option(
+        1, "parts that a batch is read in: less memory, the same update", positive=True
+    )
     lr: float | None = option(
         None, "peak learning rate, of a t5 half; warm-up 3 %, then linear to 0", positive=True
     )
@@ -254,6 +257,11 @@ def resolve(config: Config) -> Config:
         raise ConfigError(
             f"--objective {c.objective} {NEEDS['batch']}: --batch-size must be at least 2, got 1"
         )
+    if c.grad_accum > c.batch_size:
+        raise ConfigError(
+            f"--grad-accum {c.grad_accum}: a batch has --batch-size {c.batch_size} prompts, and so "
+            "no more parts than that"
+        )
     if why_lists(c) and c.candidates is not None and c.candidates < 2:
         raise ConfigError(
             f"--objective {c.objective} {why_lists(c)}: --candidates must be at least 2, got "
@@ -382,7 +390,7 @@ def settings_read(c: Config) -> dict[str, Any]:
         unread |= {"reference_lr", "reference_batch"}
     if OBJECTIVES[c.objective].loss is None:
         unread |= set("candidates evolve iterate reward_norm shuffle_prompts steps lr clip".split())
-        unread |= {"sample_temperature", "eval_every", "batch_size"}
+        unread |= {"sample_temperature", "eval_every", "batch_size", "grad_accum"}
     return {k: v for k, v in vars(c).items() if k not in unread and v not in ("", [], None)}
 
 

@@ -306,15 +306,17 @@ class Progress:
     def show(self, step: int, loss: Tensor, metrics: dict, line: bool = False) -> None:
         """Say how far it is; `line`: worth a line of its own where there is no terminal."""
         now = time.time()
+        if not line and not (self.live and now - self.shown > 0.2):
+            return  # without asking for the loss: a GPU works on
         left = (now - self.start) / max(step - self.first, 1) * (self.total - step)
         known = sorted((name for name in metrics if metrics[name] is not None), reverse=True)
         parts = [f"{self.title} {step}/{self.total}", f"loss {loss.item():.4f}"]
         parts += [f"{name} {metrics[name]:.2f}" for name in known]
         text = "  ".join([*parts, f"{left:.0f} s left"])
-        if self.live and (line or now - self.shown > 0.2):
+        if self.live:
             print("\r" + text.ljust(110), end="\n" if step == self.total else "", flush=True)
             self.shown = now
-        elif line and not self.live:
+        else:
             print(text, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from data import Batch
 from harness.config import Config
 from harness.pool import World, precision
-from model import ValueNetwork, response_logps
+from model import ValueNetwork, recomputed, response_logps
 from objectives import OBJECTIVES, Inputs, Losses, common_metrics, total
 
 
@@ -32,7 +33,9 @@ def update(
     optimizer.zero_grad()
     loss.backward()
     groups = optimizer.param_groups
-    norms = [nn.utils.clip_grad_norm_(group["params"], clip).item() for group in groups]
+    norms = [nn.utils.clip_grad_norm_(group["params"], clip) for group in groups]
+    # A GPU is waited for here and nowhere else in a step: the next batch is made while it works.
+    norms = [norm.item() for norm in norms]
     if not all(map(math.isfinite, [loss.item(), *norms])):
         shown = " and ".join(f"{norm:g}" for norm in norms)
         raise FloatingPointError(f"step {step}: loss is {loss.item():g}, gradient norm {shown}")
@@ -54,10 +57,29 @@ def objective_inputs(
     return Inputs(logps, batch.ref_logps, batch.rewards, mask, lengths, values, mismatched)
 
 
+def policy_logps(c: Config, world: World, policy: nn.Module, batch: Batch) -> Tensor:
+    """log pi(y | x) [B, M] of every candidate of a batch."""
+    return in_parts(c, batch, lambda part: response_logps(policy, part, world.allowed))
+
+
 def prompt_values(c: Config, value: ValueNetwork, batch: Batch) -> Tensor:
     """V(x) [B] of a batch's prompts; with --value batch their mean, for all of them alike."""
-    values = value(batch.prompt_ids, batch.prompt_mask)
+    values = in_parts(c, batch, lambda part: value(part.prompt_ids, part.prompt_mask))
     return values.mean().expand_as(values) if c.value == "batch" else values
+
+
+def in_parts(c: Config, batch: Batch, score: Callable[[Batch], Tensor]) -> Tensor:
+    """score(batch) [B, ...], of --grad-accum parts of the batch one after the other.
+
+    Each part is scored once more in the backward pass, so that the activations of one part alone
+    are held at a time: a third more work. The loss is of the whole batch, as ever.
+    """
+    if c.grad_accum == 1:
+        return score(batch)
+    size = -(-len(batch.prompt_ids) // c.grad_accum)
+    tensors = {name: x.split(size) for name, x in vars(batch).items() if x is not None}
+    parts = [Batch(**dict(zip(tensors, part))) for part in zip(*tensors.values())]
+    return torch.cat([recomputed(score, part) for part in parts])
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ import gzip
 import inspect
 import json
 import os
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dro
 import files
@@ -210,6 +212,32 @@ def public(module):
     """Names of the functions that a file defines for others."""
     named = inspect.getmembers(module, inspect.isfunction)
     return {name for name, f in named if f.__module__ == module.__name__ and name[0] != "_"}
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that operations make inside: those alive (now, at most), the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = self.largest = 0
+        self.alive = {}  # storage -> bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.alive:
+                self.note(x.untyped_storage())
+        return result
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.alive[key] = size
+        self.now += size
+        self.most, self.largest = max(self.most, self.now), max(self.largest, size)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
 
 
 def check_constants(function, learned, **inputs):

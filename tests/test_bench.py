@@ -110,6 +110,44 @@ def test_the_whole_benchmark_at_its_smallest(tmp_path, monkeypatch, capsys):
     assert bench.show(row) in capsys.readouterr().out
 
 
+def test_utilisation_is_useful_operations_over_what_the_data_sheet_promises(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    flops = bench.useful_flops(models.GPTConfig(), B, M, S, R)
+    peaks = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+    for card, peak in (peaks | {"another card": None}).items():
+        rows = bench.utilisation(card, "default", B, (M, S, R), "cpu", 2)
+        assert [row["how"] for row in rows] == ["eager", "compiled"]
+        for row, line in zip(rows, capsys.readouterr().out.splitlines(), strict=True):
+            seconds = row["seconds"][1]
+            assert row["flops"] == pytest.approx(flops / seconds)
+            assert row["mfu"] == (peak and pytest.approx(flops / seconds / peak))
+            assert row["tokens"] == pytest.approx(B * (S + M * R) / seconds)
+            assert line.startswith(row["how"]) and line.endswith(
+                f"MFU {row['mfu']:.0%} of {peak / 1e12:.0f}" if peak else "MFU -"
+            )
+    assert compiled == [models.response_logps] * 4
+
+
+def test_an_update_of_the_benchmark_learns():
+    """The first candidate of each list earns all: LIRE makes it likelier."""
+    model, batch, _ = bench.setup("default", (M, S, R), "cpu", B)
+    batch.rewards[:, 0] = 1.0
+    step = bench.lire_update(model, batch, "cpu", compiled=False)
+    share = lambda: models.response_logps(model, batch).softmax(-1)[:, 0].mean()
+    with torch.no_grad():
+        before = share()
+    for _ in range(20):
+        step()
+    assert share() > before
+
+
+def test_without_a_gpu_there_is_one_line_on_its_utilisation(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["--mfu"]) == {}
+    assert capsys.readouterr().out == "--mfu is of a GPU's peak, and torch sees no GPU here\n"
+
+
 IMPOSSIBLE = ["--shapes 8,64", "--shapes 8,0,2", "--shapes a", "--pairs 0", "--model t5"]
 
 

@@ -63,7 +63,7 @@ class Coins(torch.nn.Module):
     def __init__(self, world, after_x, after_y):
         super().__init__()
         eos, self.V = world.enc.eot_token, world.enc.n_vocab
-        self.config = types.SimpleNamespace(eos=eos)
+        self.config = types.SimpleNamespace(eos=eos, vocab_size=self.V)
         self.good = world.enc.encode_single_token(" good")
         odds = torch.zeros(self.V)
         for prompt, share in (("x", after_x), ("y", after_y)):

@@ -59,6 +59,8 @@ from tasks import TASKS
         ("--objective dpo --reward-norm softmax", "takes none or global"),
         ("--objective kto --batch-size 1", "at least 2, got 1"),
         ("--objective dro-p --batch-size 1", "at least 2, got 1"),
+        ("--grad-accum 17", "a batch has --batch-size 16 prompts, and so no more parts than that"),
+        ("--grad-accum 0", "--grad-accum must be positive"),
         (
             "--objective kto --desirable positive --reward-norm global",
             "leave --reward-norm global away",
@@ -290,7 +292,9 @@ def test_what_a_run_does_not_read_is_not_shown():
     assert "vocab_size" in lire and "vocab_size" not in gpt2
     sft = settings_read(resolve(Config(objective="sft", out="x")))
     assert {"reference_steps", "reference_lr", "reference_batch", "eval_samples"} <= set(sft)
-    assert not {"steps", "lr", "evolve", "clip", "reward_norm", "eval_every"} & set(sft)
+    assert not {"steps", "lr", "evolve", "clip", "reward_norm", "eval_every", "grad_accum"} & set(
+        sft
+    )
 
 
 @dataclasses.dataclass

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from helpers import Memory
 
 import data
+import model as models
 from data import Example, make_batch
 from model import GPT, GPTConfig, next_token_probs, response_logps, sample
 
@@ -618,6 +620,74 @@ def test_bfloat16_autocast_scores_in_float32():
     assert ((logps - exact).abs() <= 0.05 * length).all()
     # The weights are in bfloat16, the log-softmax still is not.
     assert response_logps(model.bfloat16(), batch).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------- logits of a few at a time
+
+
+def in_chunks(monkeypatch, most=1):
+    """Chunks of `most` logits, and of as many tokens as the model is wide at least."""
+    monkeypatch.setattr(models, "MOST_LOGITS", most)
+
+
+@pytest.mark.parametrize("most, sizes", [(1, [8, 8]), (12 * V, [12, 4]), (16 * V, [16])])
+def test_tokens_in_chunks_score_as_they_do_alone(monkeypatch, most, sizes):
+    """16 real tokens, in a model of width 8."""
+    model, batch, seen = random_model(), ragged_batch(), []
+    allowed = torch.ones(R, V, dtype=torch.bool)
+    allowed[1:3, 5] = False
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda states: seen.append(len(states)) or head(states))
+    in_chunks(monkeypatch, most)
+    logps = response_logps(model, batch, allowed)
+    assert seen == sizes and logps.dtype == torch.float32
+    expected = torch.zeros(B, M, dtype=torch.float64)
+    for i, j, x, y in candidates():
+        logits = logits_alone(model, x, y).masked_fill(~allowed[: len(y)], -math.inf)
+        expected[i, j] = logits.log_softmax(-1)[range(len(y)), y].sum()
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
+    found = gradients(model, (WEIGHTS * logps).sum())
+    check_gradients(found, gradients(model, (WEIGHTS * expected).sum()), 1e-5)
+    again = sizes[::-1] if len(sizes) > 1 else []  # in backward, the last chunk first
+    assert seen == sizes + again
+
+
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch):
+    """5 MB of logits of 1,280 tokens; in chunks of 8 tokens as many as the head has weights."""
+    n, V, D = 1280, 1000, 8
+    model = GPT(GPTConfig(vocab_size=V, layers=1, heads=1, width=D))
+    states, ids = torch.randn(n, D, requires_grad=True), torch.randint(V, (n,))
+
+    def memory():
+        with Memory() as memory:
+            models.token_logps(model, states, ids).sum().backward()
+        states.grad = model.wte.weight.grad = None
+        return memory
+
+    whole = memory()
+    assert whole.largest == 4 * n * V and whole.most > 2 * whole.largest
+    in_chunks(monkeypatch)
+    chunks = memory()
+    assert chunks.largest == 4 * n * D and chunks.most < 3 * chunks.largest + 8 * 4 * V * D
+
+
+def test_chunks_in_bfloat16_add_their_gradients_up_in_float32(monkeypatch):
+    """Each chunk's own is rounded to 8 bits; a sum of a hundred in 8 bits would be far worse."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, layers=1, heads=1, width=8))
+    states, ids = torch.randn(800, 8), torch.randint(64, (800,))
+
+    def gradient(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logps = models.token_logps(model, states, ids)
+        assert logps.dtype == torch.float32
+        return torch.autograd.grad(logps.mean(), model.wte.weight)[0]
+
+    exact, whole = gradient(False), gradient(True)
+    in_chunks(monkeypatch)
+    assert torch.allclose(gradient(False), exact, atol=1e-6)
+    error, of_whole = ((x - exact).norm() for x in (gradient(True), whole))
+    assert of_whole > 0 and error < 1.5 * of_whole
 
 
 def test_initialisation_is_gpt2s_at_gpt2s_width():

@@ -326,7 +326,7 @@ def with_a_wrong_name(c, x):
         ({"defaults": {"margin": 1.0}}, "its row names margin, which is no field of Config"),
         ({"residual": objectives.dro_residual}, "no strength that says whose optimum"),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
 def test_a_slip_in_a_row_shows_in_the_first_second(change, message, monkeypatch):
     c = config("lire")

@@ -317,6 +317,17 @@ def test_no_prompts_responses_or_tokens_give_empty_results(kind, B, M, R):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_tokens_in_chunks_score_as_all_at_once(kind, monkeypatch):
+    model, batch = MODELS[kind](), ragged_batch()
+    whole = response_logps(model, batch)
+    expected = gradients(model, (WEIGHTS * whole).sum())
+    monkeypatch.setattr("model.MOST_LOGITS", 1)
+    logps = response_logps(model, batch)
+    torch.testing.assert_close(logps, whole, rtol=1e-6, atol=1e-6)
+    check_gradients(gradients(model, (WEIGHTS * logps).sum()), expected, 1e-5)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_policy_scores_as_a_reference_of_the_same_weights_to_the_last_bit(kind, autocast):

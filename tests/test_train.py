@@ -216,12 +216,13 @@ def trained(tmp_path, monkeypatch, objective, **settings):
     real = model.response_logps
     names = {id(state.policy): "policy", id(reference): "reference"}
 
-    def noting(where):
-        def response_logps(model, batch, allowed=None):
-            scored[where].append((names[id(model)], batch.rewards.shape[1]))
-            return real(model, batch, allowed)
+    def pool_logps(model, batch, allowed=None):
+        scored["pool"].append((names[id(model)], batch.rewards.shape[1]))
+        return real(model, batch, allowed)
 
-        return response_logps
+    def policy_logps(c, world, model, batch):
+        scored["update"].append((names[id(model)], batch.rewards.shape[1]))
+        return update.policy_logps(c, world, model, batch)
 
     def metrics(c, state, x, losses, norms):
         seen.append((batches[-1], x))
@@ -230,8 +231,8 @@ def trained(tmp_path, monkeypatch, objective, **settings):
 
     batch_of = lambda *given: batches.append(data.make_batch(*given)) or batches[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(pool.models, "response_logps", noting("pool"))
-        patch.setattr(train, "response_logps", noting("update"))
+        patch.setattr(pool.models, "response_logps", pool_logps)
+        patch.setattr(train, "policy_logps", policy_logps)
         patch.setattr(train, "quick_evaluation", lambda *given: {})
         patch.setattr(train, "make_batch", batch_of)
         patch.setattr(train, "step_metrics", metrics)
@@ -303,6 +304,17 @@ def test_pairs_are_of_the_lists_that_the_pool_line_counts(tmp_path, capsys):
         assert texts == pairs[rewards[e.prompt]] and len(e.ref_logps) == 2
     tied = sum(len(set(own)) == 1 for own in rewards.values()) / len(rewards)
     assert state.pool_metrics == {"lists/distinct": 1, "lists/tied": tied} and 0.1 < tied < 0.4
+
+
+@pytest.mark.parametrize("objective", ["lire", "dro"])
+def test_a_run_is_the_same_in_however_many_parts_a_batch_is_read(tmp_path, objective):
+    ends = {}
+    for parts in (1, 3):  # a batch of four in parts of two
+        out = tmp_path / f"{parts}"
+        train.main(small(out, objective=objective, grad_accum=parts, steps=8, evolve=1))
+        ends[parts] = log(out)
+    for one, other in zip(ends[1], ends[3], strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
 def test_sample_temperature_changes_the_pool_and_clip_the_step(tmp_path):

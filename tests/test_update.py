@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from helpers import loop_state
+from helpers import Memory, loop_state
 
 import data
 from harness import update
 from harness.evaluation import enumerate_responses
-from harness.pool import pool_metrics, score_lists, with_responses
+from harness.pool import pool_metrics, precision, score_lists, with_responses
 from model import response_logps
 from objectives import OBJECTIVES, total
 
@@ -136,6 +136,103 @@ def test_an_objective_is_given_what_its_row_says_that_it_needs(objective):
     assert (x.values is not None) == ("values" in needs)
     assert (x.mismatched is not None) == ("mismatched" in needs)
     assert total(losses).isfinite() and total(losses).requires_grad
+
+
+# ------------------------------------------------------------------------- a batch read in N parts
+
+
+def ragged_step(objective, **settings):
+    """step(parts) -> x, losses, gradients of each network, of a batch of eight ragged lists.
+
+    Policy and value network have moved away from the reference.
+    """
+    c, world, state, reference = loop_state(
+        objective=objective, evolve=1, candidates=2, batch_size=8, **settings
+    )
+    words = enumerate_responses(world)
+    lengths = [2] * 8 if "pairs" in OBJECTIVES[objective].needs else [3, 1, 2, 4, 3, 2, 1, 4]
+    lists = [words[40 * i + 3 : 584 : 97][:n] for i, n in enumerate(lengths)]
+    examples = with_responses(world.rounds[0][:8], lists)
+    scores = score_lists(c, world, reference, examples)
+    for i, (example, logps) in enumerate(zip(examples, scores)):
+        example.rewards = [math.sin(3 * i + j) for j in range(len(logps))]
+        example.ref_logps = logps if "reference" in OBJECTIVES[objective].needs else None
+    batch = data.make_batch(examples, world.enc.eot_token)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in (p for group in state.optimizer.param_groups for p in group["params"]):
+            p.add_(0.1 * torch.randn_like(p))
+
+    def step(parts):
+        n = dataclasses.replace(c, grad_accum=parts)
+        with precision(c):
+            logps = update.policy_logps(n, world, state.policy, batch)
+            x = update.objective_inputs(n, world, state, reference, batch, logps)
+        losses = OBJECTIVES[objective].loss(n, x)
+        state.optimizer.zero_grad()
+        total(losses).backward()
+        gradients = [
+            torch.cat([p.grad.flatten() for p in group["params"] if p.grad is not None])
+            for group in state.optimizer.param_groups
+        ]
+        return x, losses, gradients
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"objective": name} for name, row in OBJECTIVES.items() if row.loss),
+        {"objective": "dro", "value": "batch"},
+        {"objective": "dro", "share_networks": True},
+        *({"objective": name, "model": "t5"} for name in ("lire", "dro", "dpo", "kto")),
+    ],
+    ids=str,
+)
+def test_one_times_eight_is_eight_times_one(settings):
+    step = ragged_step(**settings)
+    x, losses, gradients = step(1)
+    for parts in (8, 3):  # one by one; three, three and two
+        y, others, found = step(parts)
+        for one, other in zip(x, y):
+            torch.testing.assert_close(other, one, rtol=0, atol=2e-6)
+        for name, loss in losses.items():
+            torch.testing.assert_close(others[name], loss, rtol=1e-6, atol=1e-5)
+        for one, other in zip(gradients, found, strict=True):
+            assert one.norm() > 0 and (other - one).norm() < 2e-6 * one.norm()
+
+
+@pytest.mark.parametrize("model", ["gpt", "t5"])
+def test_parts_in_bfloat16_add_their_gradients_up_in_float32(model):
+    exact, whole = (ragged_step("lire", model=model, dtype=x)(1) for x in ("float32", "bfloat16"))
+    parts = ragged_step("lire", model=model, dtype="bfloat16")(8)
+    torch.testing.assert_close(parts[0].logps, whole[0].logps, rtol=0, atol=1e-6)
+    error, of_whole = ((result[2][0] - exact[2][0]).norm() for result in (parts, whole))
+    assert of_whole > 0 and error < 1.1 * of_whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"model": "t5"}], ids=str)
+def test_activations_of_one_part_are_held_at_a_time(settings):
+    """Of policy and value network, in 2 parts and in 8; beside them, the gradients."""
+    c, world, state, _ = loop_state(objective="dro", evolve=1, batch_size=8, **settings)
+    examples = with_responses(world.rounds[0][:8], [enumerate_responses(world)[200:232]] * 8)
+    long = [dataclasses.replace(e, prompt_ids=(80 * e.prompt_ids)[:80]) for e in examples]
+    batch = data.make_batch(long, world.enc.eot_token)
+
+    def most(score, parts):
+        state.optimizer.zero_grad()
+        with Memory() as memory:
+            score(dataclasses.replace(c, grad_accum=parts)).sum().backward()
+        return memory.most
+
+    gradients = sum(4 * p.numel() for p in state.policy.parameters())
+    for score in (
+        lambda c: update.policy_logps(c, world, state.policy, batch),
+        lambda c: update.prompt_values(c, state.value_network, batch),
+    ):
+        whole, halves, eighths = (most(score, parts) - gradients for parts in (1, 2, 8))
+        assert halves < 0.7 * whole and eighths < 0.3 * whole
 
 
 # ------------------------------------------------------------------------------- the row of the log
