@@ -101,6 +101,9 @@ def make_world(c: Config) -> World:
         check_lists(c, records, logged)
         if line := softmax_sees(c, logged):
             print(line)
+    texts = [records, heldout]
+    if init:  # how a text is read, which no option says
+        texts += [str(init.config), getattr(enc, "text", str(ranks))]
     return World(
         enc=enc,
         ranks=ranks,
@@ -113,7 +116,7 @@ def make_world(c: Config) -> World:
         init=init,
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=longest,
-        fingerprint=hashlib.sha256(json.dumps([records, heldout]).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         rounds_fingerprint=hashlib.sha256((json.dumps(rounds) + source).encode()).hexdigest(),
     )
 

@@ -219,6 +219,11 @@ def test_a_file_and_steps_of_sft(gpt2, tmp_path):
     assert not torch.equal(reference["wte.weight"], weights["wte.weight"])
     cached = [json.loads(path.read_text()) for path in (tmp_path / "reference").glob("*.json")]
     assert [key["weights of --init"] for key in cached] == [read_folder(folder).digest()[:16]]
+    # The same weights with another tokenizer are another reference.
+    copy = edited(folder, tmp_path)
+    byte_level(280).save(str(copy / "tokenizer.json"))
+    train.main(small(tmp_path / "again", **settings | {"init": str(copy)}))
+    assert len(list((tmp_path / "reference").glob("*.json"))) == 2
 
 
 def test_a_run_of_ours_is_a_model_to_start_from(tmp_path):
@@ -249,6 +254,10 @@ def test_a_resumed_run_goes_on_to_the_same_bits_and_the_folder_may_move(gpt2, tm
     with failing(4), pytest.raises(OSError):
         train.main(small(tmp_path / "b", **SHORT | {"init": str(folder), "eval_every": 2}))
     moved = shutil.copytree(folder, tmp_path / "moved")
+    other = edited(moved, tmp_path)  # other tokens of the same texts
+    byte_level(280).save(str(other / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="its data have changed"):
+        train.main(command_line(["--resume", str(tmp_path / "b"), "--init", str(other)]))
     again = train.main(command_line(["--resume", str(tmp_path / "b"), "--init", str(moved)]))
     assert again["policy_reward"] == whole["policy_reward"] and again["kl"] == whole["kl"]
 
