@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from files import load
-from records import DataError
+from records import DataError, short
 from tasks import Task, make_task
 
 __all__ = ["DataError", "Task", "load", "make_task"]  # handed on: whoever reads data asks here
@@ -237,6 +237,17 @@ class Example:
 END_MARKS = (EOS, "</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of other tokenizers
 
 
+def encode_prompt(enc: tiktoken.Encoding, prompt: str) -> list[int]:
+    """The ids of a prompt; for a T5 from elsewhere they end in EOS, as it is used to.
+
+    Raises: DataError where there are none: some tokenizers drop white space and control characters.
+    """
+    ids = enc.encode_ordinary(prompt) + getattr(enc, "prompt_end", [])
+    if not ids:
+        raise DataError(f"the prompt {short(repr(prompt))} has no token in this tokenizer")
+    return ids
+
+
 def tokenize(
     records: list[dict],
     enc: tiktoken.Encoding,
@@ -255,7 +266,7 @@ def tokenize(
     examples, spaced, long_prompts, long_responses, total = [], 0, 0, 0, 0
     doubled, ended, eos = 0, Counter(), enc.eot_token
     for record in records:
-        prompt_ids = enc.encode_ordinary(record["prompt"])
+        prompt_ids = encode_prompt(enc, record["prompt"])
         if max_prompt and len(prompt_ids) > max_prompt:
             prompt_ids, long_prompts = prompt_ids[-max_prompt:], long_prompts + 1
         response_ids = []

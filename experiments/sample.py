@@ -22,8 +22,8 @@ from harness.run import read_checkpoint, reason_of, run_script
 def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float = 1.0) -> str:
     """Answers to a prompt, `count` of each model, with rewards where the task can score them.
 
-    Raises: ConfigError where `run` is not the folder of a run or is damaged, or the prompt is empty
-        or too long.
+    Raises: ConfigError where `run` is not the folder of a run or is damaged, or the prompt is too
+        long; DataError where it has no token.
     """
     folder = Path(run)
     if not (folder / "checkpoint.pt").exists():
@@ -46,9 +46,9 @@ def answers(run: str, prompt: str, count: int, seed: int = 0, temperature: float
         allowed=None if allowed is None else allowed.to(c.device),
         max_response=longest,
     )
-    ids = enc.encode_ordinary(prompt)
-    if not ids or len(ids) > c.max_prompt:
-        raise ConfigError(f"--prompt has {len(ids)} tokens, expected 1 to {c.max_prompt}")
+    ids = data.encode_prompt(enc, prompt)
+    if len(ids) > c.max_prompt:
+        raise ConfigError(f"--prompt has {len(ids)} tokens, expected at most {c.max_prompt}")
     policy, reference = new_model(c, world).eval(), get_reference(c, world, {}, checkpoint)
     try:
         policy.load_state_dict(checkpoint["policy"])

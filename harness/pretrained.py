@@ -328,9 +328,9 @@ def encoding_in(folder: Path, config: GPTConfig | T5Config) -> Any:
         except DataError:  # tiktoken could not download it
             if not theirs.exists():
                 raise
-            enc = HubEncoding(theirs, config.eos)
+            enc = HubEncoding(theirs, config)
     elif theirs.exists():
-        enc = HubEncoding(theirs, config.eos)
+        enc = HubEncoding(theirs, config)
     else:
         raise DataError(f"{folder}: no tokenizer.json; transformers' save_pretrained writes one")
     if enc.n_vocab > config.vocab_size:
@@ -351,9 +351,13 @@ def is_gpt2s(path: Path, config: GPTConfig | T5Config) -> bool:
 
 
 class HubEncoding:
-    """A tokenizer.json behind the calls that are used of a tiktoken.Encoding."""
+    """A tokenizer.json behind the calls that are used of a tiktoken.Encoding.
 
-    def __init__(self, path: Path, eos: int) -> None:
+    A T5 has learned from prompts that end in EOS, which its tokenizer.json puts there: `prompt_end`
+    is what follows a prompt.
+    """
+
+    def __init__(self, path: Path, config: GPTConfig | T5Config) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -366,12 +370,21 @@ class HubEncoding:
             raise DataError(f"{path} is damaged ({short(e)})") from None
         self.encoder.no_truncation()
         self.encoder.no_padding()
-        self.eot_token = eos
+        self.eot_token = config.eos
+        added = self.decoder.encode("").ids
+        self.prompt_end = added if isinstance(config, T5Config) and added == [config.eos] else []
         self.n_vocab = max(self.decoder.get_vocab().values()) + 1
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of a text, nothing added; what looks like a special token is text."""
-        return self.encoder.encode(text, add_special_tokens=False).ids
+        """The ids of a text, nothing added; what looks like a special token is text.
+
+        Raises: DataError where the tokenizer has no token for a part of it.
+        """
+        try:
+            return self.encoder.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # tokenizers raises no other
+            shown = short(repr(text))
+            raise DataError(f"tokenizer.json can't encode {shown} ({short(e)})") from None
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""

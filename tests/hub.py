@@ -30,7 +30,8 @@ def byte_level(vocab_size=300):
 def sentence_pieces(vocab_size=200):
     """A tokenizer as T5's: pieces of words, <pad> 0, </s> 1, put at the end unless told not to."""
     own = tokenizers.Tokenizer(tokenizers.models.Unigram())
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words = tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace()
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(words))
     own.decoder = tokenizers.decoders.Metaspace()
     trainer = tokenizers.trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>"

@@ -122,6 +122,7 @@ def test_a_run_that_began_elsewhere_goes_back(which, tmp_path, tmp_path_factory)
     same_ids(enc, tokenizer)
     same_logits(model, other, enc)
     same_answer(model, other, enc)
+    assert tokenizer(TEXTS[0]).input_ids == data.encode_prompt(enc, TEXTS[0])
     ours, theirs = other.state_dict(), began.state_dict()
     assert ours.keys() == theirs.keys()
     assert {k: w.shape for k, w in ours.items()} == {k: w.shape for k, w in theirs.items()}

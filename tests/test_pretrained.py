@@ -128,6 +128,43 @@ def test_text_that_looks_like_a_special_token_stays_text(which, special, request
     assert enc.decode([enc.eot_token]) == special
 
 
+def test_a_t5s_prompts_end_as_those_that_it_has_learned_from(t5, gpt2, tmp_path):
+    folder, _ = t5
+    enc, text = read_folder(folder).encoding(), "How was the pie?"
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert data.encode_prompt(enc, text) == theirs and theirs[-1] == enc.eot_token
+    (one,) = data.tokenize([{"prompt": text, "responses": ["No."], "rewards": [1.0]}], enc, 3)
+    assert one.prompt_ids == theirs[-3:]
+    assert one.response_ids[0].count(enc.eot_token) == 1
+    assert data.encode_prompt(enc, "\u2003") == [enc.eot_token]  # white space is no token here
+    other = read_folder(gpt2[0]).encoding()
+    assert data.encode_prompt(other, text) == other.encode_ordinary(text)
+    # A tokenizer.json that puts nothing there, and one of a GPT-2 that does.
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    plain = json.dumps(saved | {"post_processor": None})
+    (tmp_path / "plain.json").write_text(plain)
+    assert HubEncoding(tmp_path / "plain.json", read_folder(folder).config).prompt_end == []
+    ending = gpt2[0] / "tokenizer.json"
+    ending = json.loads(ending.read_text()) | {"post_processor": saved["post_processor"]}
+    ending = json.dumps(ending).replace("</s>", EOS).replace('"ids": [1]', '"ids": [0]')
+    (tmp_path / "ending.json").write_text(ending)
+    made = HubEncoding(tmp_path / "ending.json", read_folder(gpt2[0]).config)
+    assert made.decoder.encode("").ids == [made.eot_token] and made.prompt_end == []
+
+
+def test_a_prompt_without_a_token_is_one_line(t5, tmp_path):
+    folder, _ = t5
+    copy = edited(folder, tmp_path)
+    saved = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(saved | {"post_processor": None}))
+    with pytest.raises(data.DataError, match=r"the prompt '\\t' has no token"):
+        data.encode_prompt(read_folder(copy).encoding(), "\t")
+    saved["model"]["unk_id"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(data.DataError, match="can't encode '\u4f60'"):
+        read_folder(copy).encoding().encode_ordinary("\u4f60")
+
+
 def test_gpt2s_own_vocabulary_is_tiktokens(tmp_path, monkeypatch):
     config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 64, "n_embd": 8}
     config |= {"n_layer": 1, "n_head": 1, "eos_token_id": 50256}

@@ -34,7 +34,7 @@ def test_answers_are_of_both_models_and_follow_their_seed(copied):
         text == sample.answers(str(copied), PROMPT, 3) != sample.answers(str(copied), PROMPT, 3, 1)
     )
     assert "no reward for this prompt" in sample.answers(str(copied), "calm deep", 1)
-    with pytest.raises(ConfigError, match="--prompt has 0 tokens"):
+    with pytest.raises(DataError, match="the prompt '' has no token"):
         sample.answers(str(copied), "", 1)
     with pytest.raises(ConfigError, match="no checkpoint.pt in it"):
         sample.answers(str(copied / "nothing"), PROMPT, 1)
