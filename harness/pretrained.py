@@ -48,7 +48,7 @@ class Pretrained:
     def weights(self) -> dict[str, Tensor]:
         """The weights, float32, under our names.
 
-        Raises: DataError where one is missing or of another shape, or a file is damaged.
+        Raises: DataError where one is missing, quantised or of another shape, or a file is damaged.
         """
         theirs = {}
         for path in self.files():
@@ -64,7 +64,9 @@ class Pretrained:
                     f"{self.folder}: {name} is {list(found[name].shape)}, its config says "
                     f"{list(weight.shape)}"
                 )
-        return found
+            if not found[name].is_floating_point():  # quantised: the scales have other names
+                raise DataError(f"{self.folder}: {name} is {found[name].dtype}, expected floats")
+        return {name: found[name].float() for name in wanted}
 
     def files(self) -> list[Path]:
         """The files of the weights."""
@@ -107,16 +109,31 @@ def read_folder(folder: str | Path) -> Pretrained:
     try:
         if is_run(folder):
             kind = found.pop("model")
-            config = (GPTConfig if kind == "gpt" else T5Config)(**found)
+            config = {"gpt": GPTConfig, "t5": T5Config}[kind](**found)
         else:
             kind, reader = reader_of(folder, found["model_type"])
             config = reader(folder, found)
-        sizes = dataclasses.asdict(config)
-        if any(not isinstance(size, int) or size < 0 for size in sizes.values()):
-            raise TypeError(f"sizes {sizes}")
+        check_sizes(config)
     except (KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({short(e)})") from None
     return Pretrained(folder, kind, config, is_run(folder))
+
+
+MOST_LAYERS, LARGEST = 1000, 10**6  # of a model's other sizes; a larger one is a slip
+
+
+def check_sizes(config: GPTConfig | T5Config) -> None:
+    """Refuse a size that no model has, before memory is asked for it.
+
+    Raises: TypeError.
+    """
+    for name, size in dataclasses.asdict(config).items():
+        least = 0 if name in ("eos", "start") else 1
+        most = MOST_LAYERS if name == "layers" else LARGEST
+        if type(size) is not int or not least <= size <= most:
+            raise TypeError(f"{name} {short(repr(size))}, expected {least} to {most}")
+    if isinstance(config, GPTConfig) and config.width % config.heads:
+        raise TypeError(f"width {config.width} is not a multiple of {config.heads} heads")
 
 
 def is_run(folder: str | Path) -> bool:
@@ -274,7 +291,7 @@ def renamed(theirs: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor
         there = hub_name(name)
         there = there if there in theirs else there.removeprefix("transformer.")
         if there in theirs:
-            found[name] = oriented(name, theirs[there]).float()
+            found[name] = oriented(name, theirs[there])
     return found
 
 
@@ -284,7 +301,10 @@ def files_of_weights(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.exists():
             pieces = read_object(index, "weight_map")["weight_map"]
-            return [folder / piece for piece in sorted(set(pieces.values()))]
+            try:
+                return [folder / piece for piece in sorted(set(pieces.values()))]
+            except (AttributeError, TypeError) as e:
+                raise DataError(f"{index} is damaged ({short(e)})") from None
         if (folder / name).exists():
             return [folder / name]
     raise DataError(f"{folder}: no model.safetensors and no pytorch_model.bin")
@@ -298,7 +318,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix != ".safetensors":
             content = torch.load(path, map_location="cpu", weights_only=True)
-            return content["policy"] if path.name == "checkpoint.pt" else content
+            content = content["policy"] if path.name == "checkpoint.pt" else content
+            return {name: weight for name, weight in content.items() if torch.is_tensor(weight)}
         from safetensors.torch import load_file
 
         return load_file(path)

@@ -40,9 +40,11 @@ def new_model(c: Config, world: World) -> nn.Module:
 
 def train_reference(c: Config, world: World) -> nn.Module:
     """SFT on the logged responses, good and bad alike: mean negative log-likelihood per token."""
+    weights = world.init.weights() if world.init else None  # first: it may refuse
     model = new_model(c, world)
-    if world.init:
-        model.load_state_dict(world.init.weights())
+    if weights:
+        model.load_state_dict(weights)
+        del weights  # a copy
     groups = [{"params": list(model.parameters()), "peak": c.reference_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     progress, batches, epoch = Progress("reference", c.reference_steps), [], 0

@@ -354,6 +354,12 @@ def edited(folder, tmp_path, **changes):
         ("gpt2", {"eos_token_id": None}, "eos_token_id is None"),
         ("gpt2", {"eos_token_id": 9999}, "eos_token_id is 9999"),
         ("gpt2", {"n_embd": "wide"}, "is damaged"),
+        ("gpt2", {"n_embd": True}, "width True, expected 1 to"),
+        ("gpt2", {"n_embd": 0}, "width 0, expected 1 to"),
+        ("gpt2", {"n_layer": 0}, "layers 0, expected 1 to"),
+        ("gpt2", {"n_layer": 10**6}, "layers 1000000, expected 1 to 1000"),  # no memory holds them
+        ("gpt2", {"n_embd": 2**70}, "width 1180591620717411303424, expected"),
+        ("gpt2", {"n_head": 5}, "width 12 is not a multiple of 5 heads"),
         ("t5", {"feed_forward_proj": "relu"}, "'relu', expected 'gated-gelu'"),
         ("t5", {"tie_word_embeddings": True}, "scale_decoder_outputs is True"),
         ("t5", {"num_decoder_layers": 1}, "num_decoder_layers is 1, expected 2"),
@@ -398,6 +404,20 @@ def test_weights_that_do_not_fit_are_one_line(gpt2, tmp_path):
     (copy / "model.safetensors").write_bytes(b"nothing")
     assert "can't be read" in weights_refused(copy)
     (copy / "model.safetensors").unlink()
+    for content in ([1], None, 5):
+        torch.save(content, copy / "pytorch_model.bin")
+        assert "can't be read" in weights_refused(copy)
+    weights = {name: w.to(torch.int8) for name, w in other.state_dict().items()}
+    torch.save(weights, copy / "pytorch_model.bin")
+    assert "wte.weight is torch.int8, expected floats" in weights_refused(edited(copy, tmp_path))
+    torch.save({"transformer.wte.weight": 1}, copy / "pytorch_model.bin")
+    assert "wte.weight is missing" in weights_refused(copy)
+    (copy / "pytorch_model.bin").unlink()
+    index = copy / "model.safetensors.index.json"
+    for pieces in ([], {"a": 1}, {"a": ["b"]}):
+        index.write_text(json.dumps({"weight_map": pieces}))
+        assert "index.json is damaged" in weights_refused(copy)
+    index.unlink()
     assert "no model.safetensors and no pytorch_model.bin" in weights_refused(copy)
 
 
