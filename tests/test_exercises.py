@@ -256,6 +256,14 @@ def test_an_endless_answer_is_stopped_by_the_keyboard(tmp_path):
     assert said == "stopped\n" and check_.returncode == 1
 
 
+def test_without_fork_a_child_starts_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(check.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(torch, "inherited", True, raising=False)
+    text = (ANSWERS / "ex07.py").read_text() + "print(hasattr(torch, 'inherited'))\n"
+    results, said = checked(7, answer_with(tmp_path, text))
+    assert check.score_of(results) == 10 and "it printed:\n    False" in said
+
+
 def test_an_exercise_whose_file_is_missing_costs_its_own_points(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "FOLDER", tmp_path)
     results, said = checked(7, None, checks=ROOT / "exercises" / "checks")
