@@ -1,6 +1,7 @@
 """Exercise 9 (predict, then run, 30 minutes): a value network that has memorised its prompts.
 
-DRO makes a residual small, for every response y_j of every prompt x (exercise 8):
+DRO makes a residual small, for every response y_j of every prompt x (exercise 8; its loss, arXiv
+2405.19107, Eq. 4, is half of delta^2):
 
     delta_j = r_j - V(x) - tau l_j,      l_j = log pi(y_j|x) - log pi_ref(y_j|x)
 

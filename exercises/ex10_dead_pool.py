@@ -1,10 +1,10 @@
 """Exercise 10 (open, 30 minutes and more): a pool that teaches nothing.
 
-LIRE learns in rounds: sample M candidates of every prompt, reward them, train on the lists. A list
-whose candidates are all alike, or all earn the same, has gradient 0 (exercise 3). Here is a run
-that ends so: the settings START, and 120 updates of a small GPT, shared among the rounds. The task
-"tiny" asks for one to three words that fit a thing: 1 for each that does, -1/2 for every other
-word. The rounds of the run with seed 2:
+LIRE learns in rounds (arXiv 2405.13516, Algorithm 1): sample M candidates of every prompt, reward
+them, train on the lists. A list whose candidates are all alike, or all earn the same, has gradient
+0 (exercise 3). Here is a run that ends so: the settings START, and 120 updates of a small GPT,
+shared among the rounds. The task "tiny" asks for one to three words that fit a thing: 1 for each
+that does, -1/2 for every other word. The rounds of the run with seed 2:
 
     round            1     2     3     4     5     6
     different      80 %  40 %  38 %  32 %  31 %  31 %    of a list's candidates

@@ -558,6 +558,8 @@ def test_a_skeleton_says_how_it_is_checked_and_what_is_to_be_written(number):
     text = check.answer_path(number).read_text()
     assert f"python -m exercises.check {number}" in text and "worked example" in text
     assert re.match(rf'"""Exercise {number} \(\w+', text)
+    source = re.search(r"arXiv\s\d{4}\.\d{5}", text) and re.search(r"Eq\. \d|Algorithm \d", text)
+    assert source or number == 1  # there it is the chain rule
     assert f'raise NotImplementedError("exercise {number}: ' in text
 
 
