@@ -27,7 +27,10 @@ LIST = ROOT / "tests" / "mutants.txt"
 PARTS = ("harness", "experiments", "tests", "pyproject.toml")  # of a copy, beside its *.py
 # The tests that a file's mutants meet; those of other files meet their own alone.
 TESTS = {
-    "pool.py": "pool train",
+    "pool.py": "pool train pretrained",
+    "pretrained.py": "pretrained export",
+    "reference.py": "reference pretrained",
+    "data.py": "data pretrained",
     "train.py": "train run",
     "config.py": "config run",
     "command_line.py": "config run by_hand",
