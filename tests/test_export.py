@@ -1,5 +1,6 @@
 """A run that is handed on: transformers loads it, with the same ids and the same logits."""
 
+import json
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from hub import SHORT, gpt2_in, t5_in, tokenizers, transformers
 
 import data
 import train
-from experiments.export import all_merges, byte_letters, export
+from experiments.export import all_merges, byte_letters, export, hub_tokenizer
 from harness.config import ConfigError
 from harness.pretrained import read_folder
 from model import sample
@@ -99,7 +100,12 @@ def test_a_run_with_its_own_bpe(kind, tmp_path):
     same_ids(enc, tokenizer)
     same_logits(model, other, enc)
     same_answer(model, other, enc)
-    assert tokenizer.decode(enc.encode_ordinary(TEXTS[0])) == TEXTS[0]
+    assert [tokenizer.decode(enc.encode_ordinary(text)) for text in TEXTS] == TEXTS
+    assert tokenizer.clean_up_tokenization_spaces is False  # older versions take "a ." to "a."
+    if kind == "gpt":
+        assert tokenizer.model_max_length == model.config.context
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["do_sample"] and saved["top_k"] == 0  # older versions cut to 50 tokens
 
 
 def test_a_t5_never_says_its_start_token(tmp_path):
@@ -146,6 +152,13 @@ def gpt2s_pattern():
     return data.tiktoken.Encoding(
         "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={data.EOS: 50256}
     )
+
+
+def test_a_word_is_a_token_however_it_is_put_together():
+    enc = data.encoding(data.word_ranks([" calm", " deep"]))  # no token of two letters
+    own = tokenizers.Tokenizer.from_str(hub_tokenizer(enc)[0])
+    text = " calm deep calmer"
+    assert own.encode(text).ids == enc.encode_ordinary(text)
 
 
 def test_a_run_with_gpt2s_tokenizer(tmp_path, monkeypatch):
