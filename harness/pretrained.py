@@ -119,7 +119,7 @@ def read_folder(folder: str | Path) -> Pretrained:
     return Pretrained(folder, kind, config, is_run(folder))
 
 
-MOST_LAYERS, LARGEST = 1000, 10**6  # of a model's other sizes; a larger one is a slip
+MOST_LAYERS, LARGEST = 1000, 10**6  # sizes of a model; a larger one is a slip
 
 
 def check_sizes(config: GPTConfig | T5Config) -> None:
@@ -209,6 +209,7 @@ def t5_config(folder: Path, config: dict) -> T5Config:
     layers = config["num_layers"]
     ours = {
         "feed_forward_proj": ("relu", "gated-gelu"),
+        # T5 1.0 scales what its tied head reads; older files say so by the tie alone.
         "scale_decoder_outputs": (config.get("tie_word_embeddings", True), False),
         "num_decoder_layers": (layers, layers, None),
         "relative_attention_num_buckets": (BUCKETS, BUCKETS),
@@ -368,6 +369,7 @@ def is_gpt2s(path: Path, config: GPTConfig | T5Config) -> bool:
     if not path.exists():
         return True
     vocabulary = read_object(path, "model")["model"].get("vocab")
+    # The word " the" (a space is written as \u0120) is token 262 of GPT-2.
     return isinstance(vocabulary, dict) and vocabulary.get("\u0120the") == 262
 
 
