@@ -23,7 +23,7 @@ import data
 import model as models
 from baselines import dpo_loss
 from experiments.export import hub_config, hub_weights
-from experiments.timing import quartiles, timed, timed_pairs
+from experiments.timing import quartiles, spread, timed, timed_pairs
 
 # ------------------------------------------------------------------------------------ transformers
 
@@ -223,3 +223,20 @@ def trl_row(model: models.GPT, B: int, S: int, R: int, steps: int) -> dict[str, 
     if not apart < 1e-3:
         raise ValueError(f"the mean losses differ by {apart}: there is nothing to compare")
     return compared(tuple(t[UNTIMED:] for t in times), apart)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = [
+        "| model | B | M, S, R | ours, ms | theirs, ms | ratio [quartiles] | ratio of tokens "
+        "| ratio of operations |",
+        "|" + "---|" * 8,
+    ]
+    for row in results["rows"]:
+        ours, theirs = (spread(row[who], 1e3, 0) for who in ("ours", "theirs"))
+        flops = f"{row['flops_ratio']:.2f}" if row["flops_ratio"] else "-"
+        lines.append(
+            f"| {row['model']} | {row['B']} | {row['M']}, {row['S']}, {row['R']} | {ours} "
+            f"| {theirs} | {spread(row['ratio'])} | {row['token_ratio']:.2f} | {flops} |"
+        )
+    return "\n".join(lines)

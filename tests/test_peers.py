@@ -95,3 +95,6 @@ def test_the_table_and_its_file(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "bench-hf.json").exists()
     header, line = capsys.readouterr().out.splitlines()[1:]
     assert header.split()[0] == "model" and line.split()[:5] == ["default", "16", "2", "5", "3"]
+    page = peers.table(result).splitlines()
+    assert len(page) == 3 and page[2].startswith("| default | 16 | 2, 5, 3 |")
+    assert {text.count("|") for text in page} == {9}
