@@ -50,12 +50,12 @@ from harness.pool import (
     under_other_prompts,
     with_responses,
 )
-from harness.pretrained import describe_model
 from harness.reference import cache_key, digest_of, get_reference, new_model
 from harness.run import (
     Progress,
     Run,
     check_folder,
+    describe_model,
     interruptible,
     load_checkpoint,
     locked,

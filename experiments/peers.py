@@ -14,6 +14,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,16 +64,12 @@ def hf_row(model: models.GPT, batch: data.Batch, pairs: int, device: str) -> dic
     if not apart < 1e-4 * theirs.abs().max().item():
         raise ValueError(f"the log-probs differ by {apart} nats: there is nothing to compare")
 
-    def update_ours():
-        model.zero_grad()
-        models.response_logps(model, batch).mean().backward()
+    def update(who: nn.Module, score: Callable) -> None:
+        who.zero_grad()
+        score(who, batch).mean().backward()
 
-    def update_theirs():
-        other.zero_grad()
-        hf_logps(other, batch).mean().backward()
-
-    times = timed_pairs(update_ours, update_theirs, pairs, device)
-    return compared(times, apart)
+    first, second = lambda: update(model, models.response_logps), lambda: update(other, hf_logps)
+    return compared(timed_pairs(first, second, pairs, device), apart)
 
 
 def hf_flops(config: models.GPTConfig, B: int, M: int, S: int, R: int) -> float:

@@ -104,10 +104,12 @@ def read_folder(folder: str | Path) -> Pretrained:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{short(folder)} is no folder, expected that of a GPT-2, a T5 or a run")
-    path = folder / ("model.json" if is_run(folder) else "config.json")
-    found = read_object(path, "model" if is_run(folder) else "model_type")
+    ours = is_run(folder)
+    name, key = ("model.json", "model") if ours else ("config.json", "model_type")
+    path = folder / name
+    found = read_object(path, key)
     try:
-        if is_run(folder):
+        if ours:
             kind = found.pop("model")
             config = {"gpt": GPTConfig, "t5": T5Config}[kind](**found)
         else:
@@ -116,7 +118,7 @@ def read_folder(folder: str | Path) -> Pretrained:
         check_sizes(config)
     except (KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({short(e)})") from None
-    return Pretrained(folder, kind, config, is_run(folder))
+    return Pretrained(folder, kind, config, ours)
 
 
 MOST_LAYERS, LARGEST = 1000, 10**6  # sizes of a model; a larger one is a slip
@@ -150,17 +152,6 @@ def read_object(path: Path, key: str) -> dict:
         reason = "is not there" if isinstance(e, OSError) else f"is damaged: no {key!r} in it"
         raise DataError(f"{path} {reason}, expected that of a GPT-2, a T5 or a run") from None
     return value
-
-
-def describe_model(model: nn.Module, enc: Any, ranks: dict | None, folder: Path) -> None:
-    """Write what `read_folder` reads of a run but for its weights: model.json, the tokenizer."""
-    kind = "gpt" if isinstance(model.config, GPTConfig) else "t5"
-    content = {"model": kind} | dataclasses.asdict(model.config)
-    (folder / "model.json").write_text(json.dumps(content, indent=1))
-    if ranks:
-        data.save_ranks(ranks, folder / "tokenizer.txt")
-    elif isinstance(enc, HubEncoding):
-        (folder / "tokenizer.json").write_text(enc.text)
 
 
 # ------------------------------------------------------------------------- configs of GPT-2 and T5

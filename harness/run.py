@@ -1,6 +1,7 @@
 """The folder of a run: files never half written, checkpoints, the log, progress, Ctrl-C."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data import DataError
+from data import DataError, save_ranks
 from harness.config import FILES, Config, ConfigError, difference, read_object, run_settings
+from harness.pretrained import HubEncoding
+from model import GPTConfig
 from objectives import OBJECTIVES
 from records import short
 
@@ -90,6 +93,19 @@ def check_folder(c: Config) -> Path:
             f"--out {out} holds a run already: go on with --resume {out}, or choose another folder"
         )
     return out
+
+
+def describe_model(model: nn.Module, enc: Any, ranks: dict | None, folder: Path) -> None:
+    """Write model.json and the tokenizer: what --init reads of a run, but for its weights."""
+    kind = "gpt" if isinstance(model.config, GPTConfig) else "t5"
+    save(
+        json.dumps({"model": kind} | dataclasses.asdict(model.config), indent=1),
+        folder / "model.json",
+    )
+    if ranks:
+        save_ranks(ranks, folder / "tokenizer.txt")
+    elif isinstance(enc, HubEncoding):
+        save(enc.text, folder / "tokenizer.json")
 
 
 def remove_parts(folder: Path) -> None:

@@ -34,7 +34,7 @@ def update(
     loss.backward()
     groups = optimizer.param_groups
     norms = [nn.utils.clip_grad_norm_(group["params"], clip) for group in groups]
-    # A GPU is waited for here and nowhere else in a step: the next batch is made while it works.
+    # A GPU is waited for once, after all norms: the next batch is made while it takes the step.
     norms = [norm.item() for norm in norms]
     if not all(map(math.isfinite, [loss.item(), *norms])):
         shown = " and ".join(f"{norm:g}" for norm in norms)
