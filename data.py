@@ -341,13 +341,13 @@ def make_batch(examples: list[Example], eos: int, device: str | torch.device = "
         prompt_mask=torch.arange(S) < prompt_lengths[:, None],
         response_ids=torch.tensor([[padded(y, R, eos) for y in row] for row in lists]),
         response_mask=response_mask,
-        candidate_mask=response_mask[..., 0],
+        candidate_mask=lengths > 0,
         rewards=torch.tensor([padded(e.rewards, M, 0.0) for e in examples]),
         ref_logps=ref_logps,
     )
     if torch.device(device).type == "cpu":
         return batch
-    # From pinned memory a GPU copies by itself: nobody waits, neither for it nor for its work.
+    # From pinned memory a GPU copies by itself: the CPU waits neither for it nor for its work.
     tensors = {name: x.pin_memory() for name, x in vars(batch).items() if x is not None}
     return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
 

@@ -15,7 +15,6 @@ of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads. Pro
 are padded on the right; what stands in the padding changes nothing.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -220,9 +219,14 @@ class GPT(nn.Module):
         y = y if real is None else padded(y, real, B * M, T)
         return self.ln_f(torch.cat([first, y.unflatten(0, (B, M)).to(first.dtype)], 2))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the embedding's own."""
+        return self.wte.weight
+
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]."""
-        return F.linear(states, self.wte.weight)
+        return F.linear(states, self.head_weight)
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
         """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""
@@ -316,27 +320,10 @@ def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) 
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps).sum(-1)
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args); what backward needs of it is not kept but computed again there.
-
-    That is activation checkpointing; the function may draw no random numbers.
-    """
-    # With a cast of its own, the gradients that several calls have for a weight are added up in
-    # float32 and not in bfloat16.
-    torch.clear_autocast_cache()
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-MOST_LOGITS = 2**21  # at a time; three copies or so, of 8 MB, stay in a processor's cache
-
-
 def token_logps(
     model: nn.Module, states: Tensor, ids: Tensor, allowed: Tensor | None = None
 ) -> Tensor:
     """log pi(token) = log softmax(head(state))[id] of every token.
-
-    With a large vocabulary the logits of all tokens would be most of the memory. So they are made
-    for a chunk of tokens at a time, and once more in the backward pass.
 
     Args: states [n, D]; ids [n]; allowed: [n, V] bool, the rest have probability 0; or None.
     Returns: [n] float32, also under autocast.
@@ -344,14 +331,58 @@ def token_logps(
     # D tokens at least: a chunk has as many logits then as the head has weights, and adding up the
     # weights' gradients, which every chunk has of its own, stays the smaller work.
     size = max(MOST_LOGITS // model.config.vocab_size, states.shape[-1])
-    if len(ids) > size:
-        rows = itertools.repeat(None) if allowed is None else allowed.split(size)
-        chunks = zip(states.split(size), ids.split(size), rows)
-        return torch.cat([recomputed(token_logps, model, *chunk) for chunk in chunks])
+    if len(ids) > size and allowed is None:  # few words are no large vocabulary
+        dtype = model.head(states[:0]).dtype  # bfloat16 under autocast
+        return ChunkedLogps.apply(states.to(dtype), model.head_weight.to(dtype), ids, size)
     logits = model.head(states).float()  # [n, V]
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     return -F.cross_entropy(logits, ids, reduction="none")
+
+
+MOST_LOGITS = 2**21  # at a time, 8 MB in float32: they stay in a processor's cache
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log softmax(states @ weight.T)[ids], where the logits of one chunk of tokens exist at a time.
+
+    With a large vocabulary the logits of all tokens would be most of the memory. Both passes make
+    those of a chunk anew, in the same room:
+
+        log pi(token) = logit - log Z                     log Z = log sum exp(logits)
+        d log pi(token) / d logits = onehot(token) - P    P = exp(logits - log Z)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, size: int) -> Tensor:
+        """states [n, D], weight [V, D], ids [n], size: tokens of a chunk -> [n] float32."""
+        room = weight.new_empty(size, len(weight))
+        logps, log_Z = torch.empty(2, len(ids), device=ids.device)  # [n] each
+        for s, i, logp, z in zip(*(x.split(size) for x in (states, ids, logps, log_Z))):
+            logits = torch.mm(s, weight.T, out=room[: len(s)]).float()  # [size, V]
+            largest = logits.amax(-1)
+            logp.copy_(logits.gather(-1, i[:, None])[:, 0] - largest)
+            log_sum = logits.sub_(largest[:, None]).exp_().sum(-1).log()
+            logp.sub_(log_sum), z.copy_(log_sum + largest)
+        ctx.save_for_backward(states, weight, ids, log_Z)
+        ctx.size = size
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients of states [n, D] and weight [V, D], of which each chunk adds its own."""
+        states, weight, ids, log_Z = ctx.saved_tensors
+        room = weight.new_empty(ctx.size, len(weight))
+        grad_states = torch.empty_like(states)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        parts = (x.split(ctx.size) for x in (states, ids, log_Z, grad, grad_states))
+        for s, i, z, g, grad_s in zip(*parts):
+            P = torch.mm(s, weight.T, out=room[: len(s)]).float().sub_(z[:, None]).exp_()
+            slope = P.mul_(-g[:, None]).scatter_add_(-1, i[:, None], g[:, None]).to(weight.dtype)
+            torch.mm(slope, weight, out=grad_s)
+            grad_weight += slope.T @ s
+        return grad_states, grad_weight, None, None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A small T5-like encoder-decoder: the encoder reads a prompt once for all its M responses.
 
-It is used as model.GPT is: hidden, head, encode, decode, and the functions of model.py.
+It is used as model.GPT is: hidden, head, head_weight, encode, decode, and the functions of
+model.py.
 """
 
 import math
@@ -202,9 +203,14 @@ class T5(nn.Module):
             y = block(y, mask, block.cross.keys_values(states), prompt_mask[:, None, None])
         return self.decoder.norm(y).unflatten(0, (B, M))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.lm_head.weight
+
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]."""
-        return self.lm_head(states)
+        return F.linear(states, self.head_weight)
 
     def forward(self, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor) -> Tensor:
         """Logits [B, M, R, V]; logits[..., t, :] predicts response_ids[..., t]."""

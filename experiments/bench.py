@@ -67,9 +67,9 @@ MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
     "gpt2": (1, 15, dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)),
-    "v8k": (1, 15, {"vocab_size": 8192}),
-    "v32k": (1, 15, {"vocab_size": 32768}),
-    "v50k": (1, 15, {"vocab_size": 50257}),
+    "v8k": (1, 15, {"vocab_size": 8192, "width": 64}),
+    "v32k": (1, 15, {"vocab_size": 32768, "width": 64}),
+    "v50k": (1, 15, {"vocab_size": 50257, "width": 64}),
 }
 # Dense bfloat16 FLOP/s by data sheet; of the names that stand in a card's own, the first counts.
 BF16_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
@@ -291,7 +291,7 @@ COLUMNS = [  # title, width, text of a row
     ("B", 3, lambda row: row["B"]),
     ("M", 3, lambda row: row["M"]),
     ("S", 4, lambda row: row["S"]),
-    ("R", 3, lambda row: row["R"]),
+    ("R", 4, lambda row: row["R"]),
     ("ms once", 20, lambda row: spread(row["once"], 1e3, 0)),
     ("ms repeated", 20, lambda row: spread(row["repeated"], 1e3, 0)),
     ("repeated / once", 18, lambda row: spread(row["ratio"])),

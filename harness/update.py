@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data import Batch
 from harness.config import Config
 from harness.pool import World, precision
-from model import ValueNetwork, recomputed, response_logps
+from model import ValueNetwork, response_logps
 from objectives import OBJECTIVES, Inputs, Losses, common_metrics, total
 
 
@@ -34,7 +35,7 @@ def update(
     loss.backward()
     groups = optimizer.param_groups
     norms = [nn.utils.clip_grad_norm_(group["params"], clip) for group in groups]
-    # A GPU is waited for once, after all norms: the next batch is made while it takes the step.
+    # Here a GPU is waited for, and not behind its optimiser: the next batch is made meanwhile.
     norms = [norm.item() for norm in norms]
     if not all(map(math.isfinite, [loss.item(), *norms])):
         shown = " and ".join(f"{norm:g}" for norm in norms)
@@ -71,15 +72,22 @@ def prompt_values(c: Config, value: ValueNetwork, batch: Batch) -> Tensor:
 def in_parts(c: Config, batch: Batch, score: Callable[[Batch], Tensor]) -> Tensor:
     """score(batch) [B, ...], of --grad-accum parts of the batch one after the other.
 
-    Each part is scored once more in the backward pass, so that the activations of one part alone
-    are held at a time: a third more work. The loss is of the whole batch, as ever.
+    Each part is scored once more in the backward pass (activation checkpointing), so that the
+    activations of one part alone are held at a time: a third more work. The loss is of the whole
+    batch, as ever.
     """
     if c.grad_accum == 1:
         return score(batch)
     size = -(-len(batch.prompt_ids) // c.grad_accum)
     tensors = {name: x.split(size) for name, x in vars(batch).items() if x is not None}
-    parts = [Batch(**dict(zip(tensors, part))) for part in zip(*tensors.values())]
-    return torch.cat([recomputed(score, part) for part in parts])
+    scores = []
+    for part in zip(*tensors.values()):
+        # Each part casts the weights by itself: what the parts add to a weight's gradient is then
+        # added up in float32 and not in bfloat16.
+        torch.clear_autocast_cache()
+        part = Batch(**dict(zip(tensors, part)))
+        scores.append(checkpoint(score, part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(scores)
 
 
 @torch.no_grad()

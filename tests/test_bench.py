@@ -164,3 +164,5 @@ def test_the_whole_benchmark_on_a_gpu(tmp_path, monkeypatch):
     options = ["--quick", "--pairs", "1", "--shapes", "2,32,16", "--device", "cuda"]
     [row] = bench.main(options)["rows"]
     assert row["memory_repeated"] > row["memory_once"] > 0
+    rows = bench.utilisation(torch.cuda.get_device_name(), "default", 2, (2, 32, 16), "cuda", 1)
+    assert all(row["tokens"] > 0 for row in rows)

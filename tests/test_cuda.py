@@ -6,7 +6,22 @@ import math
 import pytest
 import torch
 from helpers import failing, log, loop_state, small
-from test_model import EOS, WEIGHTS, M, R, check_gradients, gradients, ragged_batch, ragged_examples
+from test_model import (
+    EOS,
+    FIVE,
+    FIVE_PROMPTS,
+    WEIGHTS,
+    M,
+    R,
+    as_lists,
+    check_gradients,
+    chi_square,
+    enumerated_probs,
+    gradients,
+    ragged_batch,
+    ragged_examples,
+    random_model,
+)
 from test_t5 import MODELS
 
 import model as models
@@ -14,7 +29,7 @@ import train
 from data import make_batch
 from harness import update
 from harness.command_line import command_line
-from harness.pool import with_responses
+from harness.pool import precision, with_responses
 from harness.run import Progress
 from model import GPT, GPTConfig, response_logps, sample
 
@@ -49,6 +64,15 @@ def test_logits_scores_and_gradients_are_those_of_the_cpu(kind):
     torch.testing.assert_close(found.cpu(), logps, rtol=1e-4, atol=1e-4)
     on_gpu = gradients(model, (WEIGHTS.cuda() * found).sum())
     check_gradients({name: grad.cpu() for name, grad in on_gpu.items()}, expected, 1e-3)
+
+
+def test_samples_follow_the_scores():
+    model = random_model(torch.float32, **FIVE)
+    probs, model = enumerated_probs(model), model.cuda()
+    prompts = [x.cuda() for x in FIVE_PROMPTS]
+    lists = as_lists(*sample(model, *prompts, 6000, 3, torch.Generator("cuda").manual_seed(1)))
+    for i in range(2):
+        assert chi_square(lists[i], probs[i]) < 84 + 5 * 13
 
 
 @pytest.mark.parametrize("most_logits", [models.MOST_LOGITS, 1])
@@ -149,7 +173,7 @@ def test_parts_of_a_batch_take_less_memory_and_give_the_same_gradients(dtype):
 
         def call(own=own):
             state.optimizer.zero_grad()
-            with update.precision(own):
+            with precision(own):
                 logps = update.policy_logps(own, world, state.policy, batch)
             (logps / 100).sum().backward()
 

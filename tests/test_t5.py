@@ -325,7 +325,7 @@ def test_tokens_in_chunks_score_as_all_at_once(kind, monkeypatch):
     monkeypatch.setattr("model.MOST_LOGITS", 1)
     logps = response_logps(model, batch)
     torch.testing.assert_close(logps, whole, rtol=1e-6, atol=1e-6)
-    check_gradients(gradients(model, (WEIGHTS * logps).sum()), expected, 1e-5)
+    check_gradients(gradients(model, (WEIGHTS * logps).sum()), expected, 1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
