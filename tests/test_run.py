@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -79,7 +80,10 @@ def test_a_half_written_file_never_takes_the_place_of_a_whole_one(tmp_path, monk
 
 
 def test_importing_any_module_has_no_side_effect(tmp_path):
-    code = f"import {', '.join(sources())}; import os; assert not os.listdir('.'), os.listdir('.')"
+    names = list(sources())
+    if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "peft"))):
+        names.remove("experiments.hf_trainer")  # names what is missing, and ends
+    code = f"import {', '.join(names)}; import os; assert not os.listdir('.'), os.listdir('.')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
