@@ -44,14 +44,14 @@ def export(run: str, folder: str) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"{folder} is not empty, expected a new folder")
     enc, weights = found.encoding(), found.weights()
-    tokenizer, names = hub_tokenizer(enc)
+    tokenizer, eos = hub_tokenizer(enc)
     out.mkdir(parents=True, exist_ok=True)
     save_weights(hub_weights(weights, found.config), out)
     config = hub_config(found.config)
     for name, content in {
         "config.json": config,
         "generation_config.json": generation_config(config, enc.n_vocab),
-        "tokenizer_config.json": tokenizer_config(found, names),
+        "tokenizer_config.json": tokenizer_config(found, enc, eos),
     }.items():
         save(json.dumps(content, indent=1), out / name)
     save(tokenizer, out / "tokenizer.json")
@@ -173,12 +173,21 @@ def byte_letters() -> dict[int, str]:
     return {b: chr(b) for b in printed} | {b: chr(256 + k) for k, b in enumerate(others)}
 
 
-def tokenizer_config(found: Pretrained, eos: str) -> dict[str, Any]:
-    """tokenizer_config.json. A special token in a text is text, as it is here."""
-    longest = {"model_max_length": found.config.context} if found.model == "gpt" else {}
-    return longest | {
+def tokenizer_config(found: Pretrained, enc: Any, eos: str) -> dict[str, Any]:
+    """tokenizer_config.json. A special token in a text is text, as it is here.
+
+    Prompts of a batch are padded: a T5's by its own pad token, where it has one, others by EOS. A
+    GPT writes on at the end of a prompt, so padding stands before it.
+    """
+    content, pad = {}, eos
+    if found.model == "gpt":
+        content = {"model_max_length": found.config.context, "padding_side": "left"}
+    elif isinstance(enc, HubEncoding):
+        pad = enc.decoder.id_to_token(found.config.start) or eos
+    return content | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,
+        "pad_token": pad,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
