@@ -245,7 +245,7 @@ def align(c: Config, world: World, began: float) -> dict:
     # Where it starts from: the reference, which never changes.
     reference = get_reference(c, world, key, checkpoint)
     save(reference.state_dict(), out / "reference.pt")
-    describe_model(reference, world.enc, world.ranks, out)
+    describe_model(reference, world, out)
     state = new_state(c, world, reference)
     if checkpoint:
         restore(state, checkpoint)

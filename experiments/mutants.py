@@ -31,6 +31,7 @@ TESTS = {
     "pretrained.py": "pretrained export",
     "reference.py": "reference pretrained",
     "data.py": "data pretrained",
+    "run.py": "run pretrained",
     "train.py": "train run",
     "config.py": "config run",
     "command_line.py": "config run by_hand",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from files import asked_format
-from harness.pretrained import is_run, read_folder
+from harness.pretrained import read_folder
 from objectives import NEEDS, OBJECTIVES
 from records import DataError, short
 from tasks import TASKS
@@ -163,7 +163,7 @@ def run_defaults(config: Config) -> dict[str, Any]:
     if config.init:
         defaults |= {"tokenizer": None, "vocab_size": None, "reference_steps": 0}
         for name in ("lr", "reference_lr"):
-            defaults[name] *= 1 if is_run(config.init) else HUB_RATE
+            defaults[name] *= HUB_RATE if read_folder(config.init).from_elsewhere else 1
     return defaults
 
 

@@ -35,6 +35,7 @@ class Pretrained:
     model: str  # "gpt" or "t5"
     config: GPTConfig | T5Config
     is_run: bool  # of ours
+    from_elsewhere: bool  # or a run that began with such a model
 
     @property
     def positions(self) -> float:
@@ -109,6 +110,7 @@ def read_folder(folder: str | Path) -> Pretrained:
     path = folder / name
     found = read_object(path, key)
     try:
+        elsewhere = found.pop("from_elsewhere", False) if ours else True
         if ours:
             kind = found.pop("model")
             config = {"gpt": GPTConfig, "t5": T5Config}[kind](**found)
@@ -118,7 +120,7 @@ def read_folder(folder: str | Path) -> Pretrained:
         check_sizes(config)
     except (KeyError, TypeError) as e:
         raise DataError(f"{path} is damaged ({short(e)})") from None
-    return Pretrained(folder, kind, config, ours)
+    return Pretrained(folder, kind, config, ours, elsewhere)
 
 
 MOST_LAYERS, LARGEST = 1000, 10**6  # sizes of a model; a larger one is a slip

@@ -95,17 +95,16 @@ def check_folder(c: Config) -> Path:
     return out
 
 
-def describe_model(model: nn.Module, enc: Any, ranks: dict | None, folder: Path) -> None:
+def describe_model(model: nn.Module, world: Any, folder: Path) -> None:
     """Write model.json and the tokenizer: what --init reads of a run, but for its weights."""
     kind = "gpt" if isinstance(model.config, GPTConfig) else "t5"
-    save(
-        json.dumps({"model": kind} | dataclasses.asdict(model.config), indent=1),
-        folder / "model.json",
-    )
-    if ranks:
-        save_ranks(ranks, folder / "tokenizer.txt")
-    elif isinstance(enc, HubEncoding):
-        save(enc.text, folder / "tokenizer.json")
+    elsewhere = world.init is not None and world.init.from_elsewhere
+    content = {"model": kind, "from_elsewhere": elsewhere} | dataclasses.asdict(model.config)
+    save(json.dumps(content, indent=1), folder / "model.json")
+    if world.ranks:
+        save_ranks(world.ranks, folder / "tokenizer.txt")
+    elif isinstance(world.enc, HubEncoding):
+        save(world.enc.text, folder / "tokenizer.json")
 
 
 def remove_parts(folder: Path) -> None:

@@ -274,6 +274,8 @@ def test_a_run_of_ours_is_a_model_to_start_from(tmp_path):
     assert all(torch.equal(policy[name], reference[name]) for name in policy)
     assert (first / "tokenizer.txt").read_text() == (second / "tokenizer.txt").read_text()
     train.main(small(third, steps=3, init=str(second), **settings))  # and that one is too
+    again = resolve(Config(init=str(third), task="tiny"))
+    assert again.lr == resolve(Config(model="t5", task="tiny")).lr
 
 
 def test_a_run_from_a_folder_hands_its_tokenizer_on(gpt2, tmp_path):
@@ -313,6 +315,13 @@ def test_defaults_with_a_folder_and_with_a_run(gpt2, tmp_path):
     train.main(small(tmp_path / "one", steps=2, model="t5"))
     run = resolve(Config(init=str(tmp_path / "one"), task="tiny"))
     assert run.model == "t5" and run.lr == resolve(Config(model="t5", task="tiny")).lr
+    # A run that began elsewhere, and a run that began with that one, have the same model.
+    settings, last = {**SHORT, "steps": 2}, folder
+    for name in ("two", "three"):
+        train.main(small(tmp_path / name, **settings | {"init": str(last)}))
+        last = tmp_path / name
+        run = resolve(Config(init=str(last), max_prompt=64, max_response=32))
+        assert (run.lr, run.reference_lr) == (hub.lr, hub.reference_lr)
 
 
 def refusal(*options):
