@@ -175,7 +175,8 @@ def model_of_init(config: Config) -> dict[str, Any]:
     try:
         found = read_folder(config.init)
     except DataError as e:
-        raise ConfigError(f"--init {e}") from None
+        way_on = "; if it has moved, give --init beside --resume" if config.resume else ""
+        raise ConfigError(f"--init {e}{way_on}") from None
     own = {"model": found.model, "tokenizer": None, "vocab_size": None}
     own |= {name: getattr(found.config, name) for name in ("layers", "heads", "width")}
     for name, value in own.items():

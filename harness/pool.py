@@ -74,6 +74,8 @@ def make_world(c: Config) -> World:
     ranks, init = None, read_folder(c.init) if c.init else None
     if init:
         enc, ranks = init.encoding(), init.ranks()
+        if not c.resume:
+            init.weights()  # the reference reads them again; here bad ones leave nothing behind
     elif c.tokenizer == "gpt2":
         enc = data.gpt2_encoding()
     elif task and task.vocabulary:

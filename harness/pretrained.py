@@ -104,7 +104,9 @@ def read_folder(folder: str | Path) -> Pretrained:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{short(folder)} is no folder, expected that of a GPT-2, a T5 or a run")
+        raise DataError(
+            f"{short(folder)} is no folder, expected that of a GPT-2, a T5 or a run: docs/models.md"
+        )
     ours = is_run(folder)
     name, key = ("model.json", "model") if ours else ("config.json", "model_type")
     path = folder / name
@@ -150,10 +152,14 @@ def read_object(path: Path, key: str) -> dict:
     try:
         value = json.loads(path.read_text())
         value[key]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        reason = "is not there" if isinstance(e, OSError) else f"is damaged: no {key!r} in it"
-        raise DataError(f"{path} {reason}, expected that of a GPT-2, a T5 or a run") from None
-    return value
+        return value
+    except OSError:
+        reason = "is not there"
+    except KeyError:
+        reason = f"has no {key!r}"
+    except (ValueError, TypeError, RecursionError):
+        reason = f"is damaged: no {key!r} in it"
+    raise DataError(f"{path} {reason}, expected that of a GPT-2, a T5 or a run that has a model")
 
 
 # ------------------------------------------------------------------------- configs of GPT-2 and T5
@@ -164,12 +170,13 @@ def expect(folder: Path, config: dict, ours: dict[str, tuple]) -> None:
 
     Args: ours: for each name what transformers takes where a config has none, then what is ours.
     """
+    whose = " (as T5 v1.1 and FLAN-T5)" if config["model_type"] == "t5" else ""
     for name, (default, *values) in ours.items():
         value = config.get(name, default)
         if value not in values:
             raise DataError(
                 f"{folder}: {name} is {short(repr(value))}, expected "
-                f"{' or '.join(map(repr, values))}"
+                f"{' or '.join(map(repr, values))}{whose}"
             )
 
 
@@ -227,7 +234,8 @@ def reader_of(folder: Path, model_type: str) -> tuple[str, Callable]:
     readers = {"gpt2": ("gpt", gpt2_config), "t5": ("t5", t5_config)}
     if model_type not in readers:
         raise DataError(
-            f"{folder}: {short(repr(model_type))}, expected gpt2, t5 (v1.1, FLAN), or a run"
+            f"{folder}: model_type is {short(repr(model_type))}, expected gpt2 or t5; "
+            "experiments.hf_trainer takes other causal language models"
         )
     return readers[model_type]
 
@@ -319,6 +327,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except ImportError:
         raise DataError(f"{path} needs safetensors: pip install safetensors") from None
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there") from None
     except Exception as e:  # a damaged file fails in many ways
         raise DataError(f"{path} can't be read ({short(e)})") from None
 
@@ -347,7 +357,10 @@ def encoding_in(folder: Path, config: GPTConfig | T5Config) -> Any:
     elif theirs.exists():
         enc = HubEncoding(theirs, config)
     else:
-        raise DataError(f"{folder}: no tokenizer.json; transformers' save_pretrained writes one")
+        raise DataError(
+            f"{folder}: no tokenizer.json; transformers writes one: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
     if enc.n_vocab > config.vocab_size:
         raise DataError(
             f"{folder}: its tokenizer has {enc.n_vocab} tokens, its model {config.vocab_size}"

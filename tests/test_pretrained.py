@@ -290,9 +290,13 @@ def test_a_run_from_a_folder_hands_its_tokenizer_on(gpt2, tmp_path):
 def test_a_resumed_run_goes_on_to_the_same_bits_and_the_folder_may_move(gpt2, tmp_path):
     folder, _ = gpt2
     whole = train.main(small(tmp_path / "a", **SHORT | {"init": str(folder), "eval_every": 2}))
+    began, moved = shutil.copytree(folder, tmp_path / "began"), tmp_path / "moved"
     with failing(4), pytest.raises(OSError):
-        train.main(small(tmp_path / "b", **SHORT | {"init": str(folder), "eval_every": 2}))
-    moved = shutil.copytree(folder, tmp_path / "moved")
+        train.main(small(tmp_path / "b", **SHORT | {"init": str(began), "eval_every": 2}))
+    began.rename(moved)
+    (moved / "model.safetensors").unlink()  # the run has its own
+    with pytest.raises(ConfigError, match="give --init beside --resume"):
+        train.main(command_line(["--resume", str(tmp_path / "b")]))
     other = edited(moved, tmp_path)  # other tokens of the same texts
     byte_level(280).save(str(other / "tokenizer.json"))
     with pytest.raises(ConfigError, match="its data have changed"):
@@ -356,7 +360,7 @@ def edited(folder, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("which", "changes", "said"),
     [
-        ("gpt2", {"model_type": "llama"}, "'llama', expected gpt2, t5"),
+        ("gpt2", {"model_type": "llama"}, "model_type is 'llama', expected gpt2 or t5"),
         ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'"),
         ("gpt2", {"n_inner": 7}, "n_inner is 7, expected None or 48"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -369,7 +373,7 @@ def edited(folder, tmp_path, **changes):
         ("gpt2", {"n_layer": 10**6}, "layers 1000000, expected 1 to 1000"),  # no memory holds them
         ("gpt2", {"n_embd": 2**70}, "width 1180591620717411303424, expected"),
         ("gpt2", {"n_head": 5}, "width 12 is not a multiple of 5 heads"),
-        ("t5", {"feed_forward_proj": "relu"}, "'relu', expected 'gated-gelu'"),
+        ("t5", {"feed_forward_proj": "relu"}, "'gated-gelu' (as T5 v1.1 and FLAN-T5)"),
         ("t5", {"tie_word_embeddings": True}, "scale_decoder_outputs is True"),
         ("t5", {"num_decoder_layers": 1}, "num_decoder_layers is 1, expected 2"),
         ("t5", {"relative_attention_max_distance": 64}, "relative_attention_max_distance is 64"),
@@ -390,10 +394,12 @@ def test_a_damaged_folder_is_one_line(gpt2, tmp_path):
     (copy / "tokenizer.json").write_text("{")
     assert "tokenizer.json is damaged" in refusal("--init", copy, *size)
     (copy / "tokenizer.json").unlink()
-    assert "no tokenizer.json" in refusal("--init", copy, *size)
-    for content in ("{", "[]", '{"a": 1}', "null"):
+    assert "no tokenizer.json; transformers writes one" in refusal("--init", copy, *size)
+    for content in ("{", "[]", "null"):
         (copy / "config.json").write_text(content)
-        assert "no 'model_type' in it" in refusal("--init", copy, *size)
+        assert "config.json is damaged: no 'model_type' in it" in refusal("--init", copy, *size)
+    (copy / "config.json").write_text('{"task": "dialogue"}')  # a run that ended before its model
+    assert "config.json has no 'model_type', expected" in refusal("--init", copy, *size)
     byte_level(500).save(str((copy := edited(folder, tmp_path)) / "tokenizer.json"))
     assert "its tokenizer has 500 tokens, its model 303" in refusal("--init", copy, *size)
 
@@ -428,6 +434,15 @@ def test_weights_that_do_not_fit_are_one_line(gpt2, tmp_path):
         assert "index.json is damaged" in weights_refused(copy)
     index.unlink()
     assert "no model.safetensors and no pytorch_model.bin" in weights_refused(copy)
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert weights_refused(copy) == f"{copy}/model-00001-of-00002.safetensors is not there"
+
+
+def test_bad_weights_leave_nothing_behind(gpt2, tmp_path):
+    copy = edited(gpt2[0], tmp_path, n_layer=3)
+    with pytest.raises(data.DataError, match="h.2.ln_1.weight is missing"):
+        train.main(small(tmp_path / "run", **SHORT | {"init": str(copy)}))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
