@@ -22,7 +22,7 @@ from data import EOS
 from harness.command_line import saved_config
 from harness.config import ConfigError
 from harness.pretrained import HubEncoding, Pretrained, hub_name, is_run, oriented, read_folder
-from harness.run import run_script, save
+from harness.run import new_folder, run_script, save
 from model import GPTConfig
 from t5 import BUCKETS, MAX_DISTANCE, T5Config
 
@@ -35,14 +35,12 @@ def export(run: str, folder: str) -> None:
     """
     if not is_run(run):
         raise ConfigError(f"{run}: no model.json in it, expected the folder of a run")
-    c, found, out = saved_config(run), read_folder(run), Path(folder)
+    c, found, out = saved_config(run), read_folder(run), new_folder(folder)
     if not c.data and (task := data.make_task(c.task, c.seed)).words:
         raise ConfigError(
             f"{run}: on --task {c.task} a response may hold {len(task.words)} words and no others, "
             "which other tools don't know"
         )
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{folder} is not empty, expected a new folder")
     enc, weights = found.encoding(), found.weights()
     tokenizer, eos = hub_tokenizer(enc)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,6 @@
-"""The objectives in Hugging Face's Trainer, for a model that one GPU is too small or too slow for.
+"""The objectives in Hugging Face's Trainer, for a model too large for one GPU (docs/changing.md):
 
-    python -m experiments.hf_trainer MODEL --objective lire --data lists.jsonl --out out/new
-    torchrun --nproc-per-node 2 -m experiments.hf_trainer MODEL --data lists.jsonl --out out/new
-
-MODEL is any causal language model of transformers, a folder or a name of the Hub. The options are
-some of train.py and all of transformers.TrainingArguments; docs/changing.md says what differs.
+torchrun --nproc-per-node 2 -m experiments.hf_trainer MODEL --data lists.jsonl --out out/new
 """
 
 import os
@@ -18,7 +14,7 @@ from torch import Tensor, nn
 from data import Example, load, make_batch, tokenize
 from harness.config import Config, ConfigError, flag, kind_of, resolve, why_lists
 from harness.pool import best_and_worst, comparable, mean_and_deviation, normalise
-from harness.run import run_script
+from harness.run import new_folder, run_script
 from objectives import OBJECTIVES, Inputs
 
 try:
@@ -128,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     own = "objective format max_prompt max_response temperature reward_norm sft_weight tau beta"
     for f in (f for f in fields(Config) if f.name in own.split()):
         parser.add_argument(flag(f.name), type=kind_of(f), help=f.metadata["text"])
-    parser.set_defaults(learning_rate=1e-5, use_cpu=not torch.cuda.is_available())
+    parser.set_defaults(learning_rate=1e-5, logging_steps=10, use_cpu=not torch.cuda.is_available())
     parser.parse_args(argv)  # ends at an unknown option
     arguments, own = parser.parse_args_into_dataclasses(argv)
     options = {k: v for k, v in vars(own).items() if v is not None}
@@ -136,8 +132,12 @@ def main(argv: list[str] | None = None) -> None:
     able = {k: row for k, row in OBJECTIVES.items() if row.loss and "batch" not in row.needs}
     if OBJECTIVES[c.objective] not in able.values():
         parser.error(f"{c.objective} can't learn from part of a batch; {', '.join(able)} can")
+    new_folder(arguments.output_dir)
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(name), new_model(c, name, lora)
     lists, size = read_lists(c, tokenizer), arguments.train_batch_size * arguments.world_size
+    longest = max(len(e.prompt_ids + ids) for e in lists for ids in e.response_ids)
+    if longest > (most := getattr(model.config, "max_position_embeddings", longest)):
+        parser.error(f"{name} reads {most} tokens, a list has {longest}: lower --max-prompt")
     lists += [replace(lists[0], prompt="")] * (-len(lists) % size)  # a full last batch; not counted
     trainer = ListTrainer(model, arguments, lambda x: {"lists": x}, lists, None, tokenizer)
     trainer.c, trainer.model_accepts_loss_kwargs = c, True  # compute_loss divides, nothing else
@@ -147,4 +147,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.stdout = None if os.environ.get("RANK", "0") != "0" else sys.stdout  # one process speaks
-    run_script("hf_trainer", main)
+    run_script("hf_trainer", main, ValueError)  # transformers refuses a setting or a folder so

@@ -95,6 +95,17 @@ def check_folder(c: Config) -> Path:
     return out
 
 
+def new_folder(path: str) -> Path:
+    """A folder to write into, which may be there but holds nothing.
+
+    Raises: ConfigError where it holds something, or is a file.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{path} is there already and not empty, expected a new folder")
+    return folder
+
+
 def describe_model(model: nn.Module, world: Any, folder: Path) -> None:
     """Write model.json and the tokenizer: what --init reads of a run, but for its weights."""
     kind = "gpt" if isinstance(model.config, GPTConfig) else "t5"
@@ -366,8 +377,11 @@ def interruptible() -> Iterator[list]:
 # --------------------------------------------------------------------------------------- a script
 
 
-def run_script(name: str, script: Callable[[], Any]) -> None:
-    """Call a script's work; what the user can mend ends it with one line, not with a traceback."""
+def run_script(name: str, script: Callable[[], Any], *others: type[Exception]) -> None:
+    """Call a script's work; what the user can mend ends it with one line, not with a traceback.
+
+    Args: others: errors of other packages that say what to mend.
+    """
     if sys.stdout is None:  # closed by whoever started it
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")  # whatever a model says, the terminal shows something
@@ -379,7 +393,7 @@ def run_script(name: str, script: Callable[[], Any]) -> None:
     except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ConfigError, DataError, FloatingPointError, OSError) as e:
+    except (ConfigError, DataError, FloatingPointError, OSError, *others) as e:
         sys.exit(short(f"{name}: {e}", 300))
     except KeyboardInterrupt as e:
         way_on = "python train.py --resume RUN goes on from the last checkpoint, if there is one"

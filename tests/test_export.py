@@ -221,8 +221,9 @@ def test_what_can_not_be_handed_on_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no model.json in it"):
         export(str(tmp_path), out)
     train.main(small(tmp_path / "run", **TASK))
-    with pytest.raises(ConfigError, match="is not empty"):
-        export(str(tmp_path / "run"), run)
+    for there in (run, f"{run}/config.json"):
+        with pytest.raises(ConfigError, match="is there already and not empty"):
+            export(str(tmp_path / "run"), there)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigError, match="needs tokenizers: pip install tokenizers"):
         export(str(tmp_path / "run"), out)

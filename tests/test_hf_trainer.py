@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -315,6 +316,33 @@ def test_what_can_not_be_is_one_line(tmp_path, gpt2, options, why):
     assert len(str(e.value).splitlines()) == 1
 
 
+def test_a_list_that_is_longer_than_the_model_reads_is_refused(tmp_path, gpt2):
+    def train(name, prompt):  # 64 positions; a response, a space before it and EOS are 20 tokens
+        rows = {"prompt": prompt, "responses": ["No.", "It is not quite so"], "rewards": [1.0, 0.0]}
+        lists = write(tmp_path, rows)
+        hf_trainer.main([gpt2, "--data", lists, "--out", str(tmp_path / name), "--max_steps", "1"])
+
+    train("fits", "?" * 44)
+    with pytest.raises(SystemExit, match="reads 64 tokens, a list has 65: lower --max-prompt"):
+        train("long", "?" * 45)
+
+
+def test_what_is_there_is_not_written_over(tmp_path, gpt2, data):
+    before = Path(gpt2, "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="is there already and not empty"):
+        hf_trainer.main([gpt2, "--data", data, "--out", gpt2])
+    assert Path(gpt2, "model.safetensors").read_bytes() == before
+
+
+def test_what_transformers_refuses_is_one_line(tmp_path, data, monkeypatch):
+    (tmp_path / "config.json").write_text('{"task": "dialogue"}')  # a run of train.py
+    words = ["hf_trainer", str(tmp_path), "--data", data, "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="^hf_trainer: ") as e:
+        runpy.run_path(hf_trainer.__file__, run_name="__main__")
+    assert len(str(e.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("package", ["transformers", "accelerate", "peft"])
 def test_a_package_that_is_missing_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -351,7 +379,8 @@ def test_two_processes_make_the_updates_of_one(tmp_path, gpt2, data):
 def one_of_two_processes(model, data, folder):
     """A batch of DPO's is one list, or none at all."""
     for objective in STRENGTH:
-        trainer = one_epoch(model, data, objective, folder, 1 if objective == "dpo" else 2)
+        out, size = Path(folder) / objective, 1 if objective == "dpo" else 2
+        trainer = one_epoch(model, data, objective, out, size)
         rank = trainer.args.process_index
         assert trainer.args.world_size == 2
         torch.save(trainer.updates, Path(folder) / f"{objective}{rank}.pt")
