@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import DATA_DIR, small
+from helpers import DATA_DIR, ROOT, small
 from hub import EOS, SHORT, gpt2_in, t5_in, tokenizers, transformers
 
 import data
@@ -163,6 +163,32 @@ def test_what_is_written_is_what_init_reads(kind, tmp_path):
     reference = torch.load(tmp_path / "again" / "reference.pt", weights_only=True)
     for name, weight in policy.items():  # the head of a T5 has got a row for its start
         assert torch.equal(weight, reference[name][: len(weight)])
+
+
+def page(block):
+    """A python block of docs/models.md."""
+    return (ROOT / "docs/models.md").read_text().split("```python\n")[1 + block].split("```")[0]
+
+
+@pytest.mark.parametrize("which", ["gpt2", "t5"])
+def test_the_page_says_how_a_folder_is_made_and_read(which, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there").mkdir()
+    folder, _ = {"gpt2": gpt2_in, "t5": t5_in}[which](tmp_path / "there")
+    plain = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})  # T5's has 100 tokens more
+    (folder / "tokenizer_config.json").write_text(plain)
+    kind = {"gpt2": "AutoModelForCausalLM", "t5": "AutoModelForSeq2SeqLM"}[which]
+    into, back = (page(block).replace("AutoModelForCausalLM", kind) for block in (0, 1))
+    monkeypatch.chdir(tmp_path)
+    exec(into.replace('from_pretrained("gpt2")', 'from_pretrained("there")'), {})
+    one, other = read_folder(folder), read_folder("gpt2")
+    assert all(torch.equal(other.weights()[name], w) for name, w in one.weights().items())
+    ids = [found.encoding().encode_ordinary(TEXTS[0]) for found in (one, other)]
+    assert ids[0] == ids[1] and other.config == one.config
+    train.main(small("run", **{**SHORT, "init": "gpt2", "steps": 2, "vocab_size": None}))
+    export("run", "my-model")
+    capsys.readouterr()
+    exec(back, {})
+    assert len(capsys.readouterr().out) > 10
 
 
 def gpt2s_pattern():
