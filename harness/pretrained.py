@@ -35,7 +35,7 @@ class Pretrained:
     model: str  # "gpt" or "t5"
     config: GPTConfig | T5Config
     is_run: bool  # of ours
-    from_elsewhere: bool  # or a run that began with such a model
+    from_elsewhere: bool  # no run of ours, or one that began with such a folder
 
     @property
     def positions(self) -> float:
