@@ -5,6 +5,7 @@ Both models read a prompt once, and score or sample M responses of it:
     model(prompt_ids, prompt_mask, response_ids)        -> logits [B, M, R, V]
     model.hidden(prompt_ids, prompt_mask, response_ids, response_mask=None)
                                                         -> [B, M, R, D]   what the head reads
+    model.head(states) = states @ model.head_weight.T   -> [..., V]       logits, of a weight [V, D]
     model.encode(prompt_ids, prompt_mask)               -> [B, S, D]      the prompt's own states
     response_logps(model, batch)                        -> [B, M]         log pi(response | prompt)
     sample(model, prompt_ids, prompt_mask, M, ...)      -> response_ids, response_mask [B, M, R]
@@ -15,14 +16,13 @@ of each, S prompt tokens, R response tokens, V vocabulary, D width, H heads. Pro
 are padded on the right; what stands in the padding changes nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -196,6 +196,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"prompt and response need {S} + {R} tokens, the model reads {self.config.context}"
             )
+        real = None
+        if response_mask is not None:
+            real = response_mask[..., 1:].flatten().nonzero()[:, 0]  # [n]: a token follows
         x, cache = self.read_prompt(prompt_ids)
         length = prompt_mask.sum(1)  # [B]
         first = x[torch.arange(B, device=x.device), length - 1]  # [B, D]
@@ -210,9 +213,8 @@ class GPT(nn.Module):
         place = torch.arange(T, device=x.device)
         positions = length[:, None] + place  # [B, T], padding not counted
         y = self.wte(response_ids[..., :-1]) + self.wpe(positions)[:, None]  # [B, M, T, D]
-        y, real = y.flatten(0, 1), None  # [B * M, T, D]
-        if response_mask is not None:
-            real = response_mask[..., 1:].flatten().nonzero()[:, 0]  # [n]: a token follows
+        y = y.flatten(0, 1)  # [B * M, T, D]
+        if real is not None:
             y = y.flatten(0, 1)[real]  # [n, D]
         for block, (k, v) in zip(self.h, cache):
             y, _ = block(y, PromptCache(k, v, M), mask, real)
@@ -310,33 +312,34 @@ def response_logps(model: nn.Module, batch: Any, allowed: Tensor | None = None) 
         probability 0), or None.
     Returns: [B, M] float32, natural logs; 0 for an empty candidate slot, also where R = 0.
     """
-    mask = batch.response_mask
-    states = model.hidden(batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask)
-    if allowed is not None:
-        place = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)[mask]
-        allowed = allowed[place]  # [n, V]
-    # Of real tokens alone: states [n, D], ids [n].
-    logps = token_logps(model, states[mask], batch.response_ids[mask], allowed)
+    mask, ids = batch.response_mask, batch.response_ids
+    real = mask.flatten().nonzero()[:, 0]  # [n] real tokens; a GPU is waited for, so it comes first
+    states = model.hidden(batch.prompt_ids, batch.prompt_mask, ids, mask).flatten(0, 2)[real]
+    rows = None if allowed is None else (allowed, real % mask.shape[-1])
+    logps = token_logps(model, states, ids.flatten()[real], rows)
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logps).sum(-1)
 
 
 def token_logps(
-    model: nn.Module, states: Tensor, ids: Tensor, allowed: Tensor | None = None
+    model: nn.Module, states: Tensor, ids: Tensor, allowed: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """log pi(token) = log softmax(head(state))[id] of every token.
 
-    Args: states [n, D]; ids [n]; allowed: [n, V] bool, the rest have probability 0; or None.
+    Args: states [n, D]; ids [n]; allowed: rows [R, V] bool, the rest have probability 0, and which
+        of them is a token's [n]; or None.
     Returns: [n] float32, also under autocast.
     """
     # D tokens at least: a chunk has as many logits then as the head has weights, and adding up the
     # weights' gradients, which every chunk has of its own, stays the smaller work.
     size = max(MOST_LOGITS // model.config.vocab_size, states.shape[-1])
-    if len(ids) > size and allowed is None:  # few words are no large vocabulary
+    if len(ids) > size:
         dtype = model.head(states[:0]).dtype  # bfloat16 under autocast
-        return ChunkedLogps.apply(states.to(dtype), model.head_weight.to(dtype), ids, size)
+        weight = model.head_weight.to(dtype)
+        return ChunkedLogps.apply(states.to(dtype), weight, ids, size, allowed)
     logits = model.head(states).float()  # [n, V]
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
+    if allowed:
+        rows, row = allowed
+        logits = logits.masked_fill(~rows[row], -torch.inf)
     return -F.cross_entropy(logits, ids, reduction="none")
 
 
@@ -347,42 +350,53 @@ class ChunkedLogps(torch.autograd.Function):
     """log softmax(states @ weight.T)[ids], where the logits of one chunk of tokens exist at a time.
 
     With a large vocabulary the logits of all tokens would be most of the memory. Both passes make
-    those of a chunk anew, in the same room:
+    those of a chunk anew:
 
-        log pi(token) = logit - log Z                     log Z = log sum exp(logits)
-        d log pi(token) / d logits = onehot(token) - P    P = exp(logits - log Z)
+        log pi(token) = log softmax(logits)[id]
+        d log pi(token) / d logits = onehot(id) - P    P = softmax(logits)
+
+    There is no second derivative: `out=` refuses one.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, size: int) -> Tensor:
-        """states [n, D], weight [V, D], ids [n], size: tokens of a chunk -> [n] float32."""
-        room = weight.new_empty(size, len(weight))
-        logps, log_Z = torch.empty(2, len(ids), device=ids.device)  # [n] each
-        for s, i, logp, z in zip(*(x.split(size) for x in (states, ids, logps, log_Z))):
-            logits = torch.mm(s, weight.T, out=room[: len(s)]).float()  # [size, V]
-            largest = logits.amax(-1)
-            logp.copy_(logits.gather(-1, i[:, None])[:, 0] - largest)
-            log_sum = logits.sub_(largest[:, None]).exp_().sum(-1).log()
-            logp.sub_(log_sum), z.copy_(log_sum + largest)
-        ctx.save_for_backward(states, weight, ids, log_Z)
-        ctx.size = size
+    def chunks(states: Tensor, weight: Tensor, size: int, allowed: Any) -> Iterator[tuple]:
+        """Which tokens, their logits [size, V], and room for as many in float32."""
+        logits = weight.new_empty(size, len(weight))  # all chunks have the same room
+        room = torch.empty_like(logits, dtype=torch.float32)
+        for start in range(0, len(states), size):
+            here = slice(start, start + size)
+            own = logits[: len(states[here])]
+            torch.mm(states[here], weight.T, out=own)
+            if allowed:
+                rows, row = allowed
+                own.masked_fill_(~rows[row[here]], -torch.inf)
+            yield here, own, room[: len(own)]
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, ids: Tensor, size: int, allowed: Any = None
+    ) -> Tensor:
+        """Of states [n, D], weight [V, D]; size: tokens of a chunk; the rest as `token_logps`."""
+        ctx.save_for_backward(states, weight, ids)
+        ctx.size, ctx.allowed = size, allowed
+        logps = torch.empty(len(ids), dtype=torch.float32, device=ids.device)
+        for here, logits, room in ChunkedLogps.chunks(states, weight, size, allowed):
+            log_P = torch.log_softmax(logits, -1, torch.float32, out=room)
+            logps[here] = log_P.gather(-1, ids[here, None])[:, 0]
         return logps
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of states [n, D] and weight [V, D], of which each chunk adds its own."""
-        states, weight, ids, log_Z = ctx.saved_tensors
-        room = weight.new_empty(ctx.size, len(weight))
+        states, weight, ids = ctx.saved_tensors
         grad_states = torch.empty_like(states)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        parts = (x.split(ctx.size) for x in (states, ids, log_Z, grad, grad_states))
-        for s, i, z, g, grad_s in zip(*parts):
-            P = torch.mm(s, weight.T, out=room[: len(s)]).float().sub_(z[:, None]).exp_()
-            slope = P.mul_(-g[:, None]).scatter_add_(-1, i[:, None], g[:, None]).to(weight.dtype)
-            torch.mm(slope, weight, out=grad_s)
-            grad_weight += slope.T @ s
-        return grad_states, grad_weight, None, None
+        for here, logits, room in ChunkedLogps.chunks(states, weight, ctx.size, ctx.allowed):
+            P, g = torch.softmax(logits, -1, torch.float32, out=room), grad[here, None]
+            slope = P.mul_(-g).scatter_add_(-1, ids[here, None], g).to(weight.dtype)  # [size, V]
+            torch.mm(slope, weight, out=grad_states[here])
+            grad_weight += slope.T @ states[here]
+        return grad_states, grad_weight, None, None, None
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def test_bfloat16_scores_in_float32(kind, most_logits, monkeypatch):
         logps = response_logps(model, batch)
         ids, _ = sample(model, batch.prompt_ids, batch.prompt_mask, M, R, torch.Generator("cuda"))
     assert logps.dtype == torch.float32 and ids.shape[:2] == (len(logps), M)
-    assert ((logps - exact).abs() <= 0.05 * batch.response_mask.sum(-1)).all()
+    assert ((logps - exact).abs() <= 0.2 * batch.response_mask.sum(-1)).all()
     assert all(grad.isfinite().all() for grad in gradients(model, logps.sum()).values())
 
 

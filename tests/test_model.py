@@ -273,7 +273,10 @@ def test_every_plausible_wrong_sum_disagrees():
         assert abs(value.item() - logps) > 1e-2, name
 
 
-def test_allowed_tokens_share_all_the_probability():
+@pytest.mark.parametrize("most", [models.MOST_LOGITS, 1])
+def test_allowed_tokens_share_all_the_probability(monkeypatch, most):
+    """Also in chunks of 8 tokens, of 16."""
+    in_chunks(monkeypatch, most)
     model, batch = random_model(torch.float32), ragged_batch()
     allowed = torch.zeros(R + 2, V, dtype=torch.bool)  # longer than the batch, as a task's is
     allowed[0, [7, 8, 0, 4, EOS]] = True
@@ -634,21 +637,21 @@ def test_chunks_are_of_so_many_logits_and_not_below_the_width(monkeypatch):
     """16 real tokens, in a model of width 8; none of them where they fit at once."""
     model, batch, sizes = random_model(torch.float32), ragged_batch(), []
     apply = models.ChunkedLogps.apply
-    noted = lambda *given: sizes.append(given[-1]) or apply(*given)
+    noted = lambda *given: sizes.append(given[3]) or apply(*given)
     monkeypatch.setattr(models.ChunkedLogps, "apply", noted)
-    allowed = torch.arange(V).expand(R, V) != 5
-    expected, some = response_logps(model, batch), response_logps(model, batch, allowed)
-    for most in (1, 12 * V, 16 * V):
-        in_chunks(monkeypatch, most)
-        logps = response_logps(model, batch)
-        torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
-        assert torch.equal(response_logps(model, batch, allowed), some)
-    assert sizes == [8, 12]
+    for allowed in (None, torch.arange(V).expand(R, V) != 5):
+        in_chunks(monkeypatch, 2**40)
+        expected = response_logps(model, batch, allowed)
+        for most in (1, 12 * V, 16 * V):
+            in_chunks(monkeypatch, most)
+            logps = response_logps(model, batch, allowed)
+            torch.testing.assert_close(logps, expected, rtol=1e-6, atol=1e-6)
+    assert sizes == [8, 12] * 2
 
 
-@pytest.mark.parametrize("count, scale", [(16, 1.0), (19, 1.0), (19, 100.0)])
+@pytest.mark.parametrize("count, scale", [(16, 1.0), (17, 1.0), (19, 1.0), (19, 100.0)])
 def test_tokens_in_chunks_score_and_learn_as_a_log_softmax(monkeypatch, count, scale):
-    """Also the last chunk, of three; also where logits are in the hundreds."""
+    """Also the last chunk, of one or three; also where logits are in the hundreds."""
     n, generator = count, torch.Generator().manual_seed(0)
     model = random_model(torch.float32)
     states = scale * torch.randn(n, 8, generator=generator)
@@ -663,6 +666,29 @@ def test_tokens_in_chunks_score_and_learn_as_a_log_softmax(monkeypatch, count, s
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6 * scale)
     for one, other in zip(found, torch.autograd.grad((weights * expected).sum(), exact)):
         assert (one - other).norm() < 5e-6 * other.norm()
+
+
+def test_chunks_refuse_a_second_derivative_and_have_a_first_one_more_than_once(monkeypatch):
+    """A second derivative that is silently 0 would be worse than none."""
+    in_chunks(monkeypatch)
+    model, states = random_model(torch.float32), torch.randn(19, 8, requires_grad=True)
+    logps = models.token_logps(model, states, torch.arange(19) % V)
+    once, again = (torch.autograd.grad(logps.sum(), states, retain_graph=True) for _ in range(2))
+    assert torch.equal(once[0], again[0])
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        torch.autograd.grad(logps.sum(), states, create_graph=True)
+
+
+@pytest.mark.parametrize("learns", ["states", "weight"])
+def test_in_chunks_the_head_may_be_frozen_and_so_may_what_it_reads(monkeypatch, learns):
+    model, states = random_model(torch.float32), torch.randn(19, 8)
+    model.requires_grad_(False)
+    one = (states if learns == "states" else model.wte.weight).requires_grad_()
+    gradient = lambda: torch.autograd.grad(models.token_logps(model, states, ids).sum(), one)[0]
+    ids = torch.arange(19) % V
+    expected = gradient()
+    in_chunks(monkeypatch)
+    torch.testing.assert_close(gradient(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_of_one_chunk_exist_at_a_time(monkeypatch):
