@@ -181,7 +181,7 @@ def model_of_init(config: Config) -> dict[str, Any]:
     own |= {name: getattr(found.config, name) for name in ("layers", "heads", "width")}
     for name, value in own.items():
         if getattr(config, name) not in (None, value):
-            there = f"its {name.replace('_', ' ')} is {value or 'its own'}"
+            there = f"there it is {value}" if value else "a folder has its own"
             raise ConfigError(
                 f"{flag(name)} {getattr(config, name)} with --init {config.init}: {there}"
             )

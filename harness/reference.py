@@ -20,12 +20,17 @@ from model import GPT, GPTConfig, response_logps
 
 
 def new_model(c: Config, world: World) -> nn.Module:
-    """A model of the configured size, or of --init's, with weights drawn from the seed alone."""
+    """A model of the configured size, with weights drawn from the seed alone.
+
+    One of --init's size has no weights yet: its own are loaded, and drawing others takes seconds.
+    """
     enc, size = world.enc, {"layers": c.layers, "heads": c.heads, "width": c.width}
+    if world.init:
+        with torch.device("meta"):
+            model = world.init.new_model()
+        return model.to_empty(device=c.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
-        if world.init:
-            return world.init.new_model().to(c.device)
         if c.model == "gpt":
             context = c.max_prompt + c.max_response
             config = GPTConfig(enc.n_vocab, context, eos=enc.eot_token, **size)

@@ -17,6 +17,7 @@ from harness.command_line import command_line
 from harness.config import Config, ConfigError, resolve
 from harness.pool import make_world
 from harness.pretrained import HubEncoding, hub_name, read_folder
+from harness.reference import new_model
 from model import response_logps, sample
 
 
@@ -245,6 +246,24 @@ def test_a_run_starts_from_it_and_ends_well(which, objective, request, tmp_path,
     assert any(not torch.equal(policy[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("which", ["gpt2", "t5"])
+def test_no_weights_are_drawn_for_those_that_are_loaded(which, request, monkeypatch):
+    """There is nothing in a model but its weights, which a state dict holds all."""
+    folder, _ = request.getfixturevalue(which)
+    found, devices, normal = read_folder(folder), [], torch.nn.init.normal_
+    noted = lambda tensor, **more: devices.append(tensor.device.type) or normal(tensor, **more)
+    monkeypatch.setattr(torch.nn.init, "normal_", noted)
+    settings = {"init": str(folder), "max_prompt": 40, "max_response": 24, "device": "cpu"}
+    c = resolve(Config(**settings, out="unused"))
+    before = torch.get_rng_state()
+    model = new_model(c, make_world(c))
+    assert set(devices) == {"meta"} and torch.equal(before, torch.get_rng_state())
+    weights = dict(model.named_parameters())
+    assert model.state_dict().keys() == weights.keys() == found.weights().keys()
+    assert all(p.device.type == "cpu" and p.requires_grad for p in weights.values())
+    assert not list(model.buffers())
+
+
 def test_a_file_and_steps_of_sft(gpt2, tmp_path):
     folder, _ = gpt2
     settings = {**SHORT, "task": "dialogue", "init": str(folder), "vocab_size": None}
@@ -338,10 +357,11 @@ def refusal(*options):
 def test_what_does_not_fit_the_folder_is_refused(gpt2, tmp_path):
     folder, _ = gpt2
     init = ["--init", folder, "--max-prompt", 40, "--max-response", 24]
-    assert "its layers is 2" in refusal(*init, "--layers", 3)
-    assert "its model is gpt" in refusal(*init, "--model", "t5")
-    assert "its vocab size is its own" in refusal(*init, "--vocab-size", 300)
-    assert "its tokenizer is its own" in refusal(*init, "--tokenizer", "gpt2")
+    there = f"with --init {folder}:"
+    assert refusal(*init, "--layers", 3) == f"--layers 3 {there} there it is 2"
+    assert refusal(*init, "--model", "t5") == f"--model t5 {there} there it is gpt"
+    for own in (["--vocab-size", 300], ["--tokenizer", "gpt2"]):
+        assert refusal(*init, *own) == f"{own[0]} {own[1]} {there} a folder has its own"
     resolve(command_line(list(map(str, [*init, "--layers", 2]))))  # nothing else than it has
     said = refusal("--init", folder, "--max-prompt", 64, "--max-response", 33)
     assert "reads 96 tokens" in said and "are 97" in said
