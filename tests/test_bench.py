@@ -115,7 +115,7 @@ def test_utilisation_is_useful_operations_over_what_the_data_sheet_promises(monk
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     flops = bench.useful_flops(models.GPTConfig(), B, M, S, R)
     peaks = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
-    for card, peak in (peaks | {"another card": None}).items():
+    for card, peak in (peaks | {"NVIDIA H100 NVL": 835e12, "another card": None}).items():
         rows = bench.utilisation(card, "default", B, (M, S, R), "cpu", 2)
         assert [row["how"] for row in rows] == ["eager", "compiled"]
         for row, line in zip(rows, capsys.readouterr().out.splitlines(), strict=True):
@@ -126,7 +126,7 @@ def test_utilisation_is_useful_operations_over_what_the_data_sheet_promises(monk
             assert line.startswith(row["how"]) and line.endswith(
                 f"MFU {row['mfu']:.0%} of {peak / 1e12:.0f}" if peak else "MFU -"
             )
-    assert compiled == [models.response_logps] * 4
+    assert compiled == [models.response_logps] * 5
 
 
 def test_an_update_of_the_benchmark_learns():

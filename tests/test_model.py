@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import Memory
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as models
@@ -623,6 +624,25 @@ def test_bfloat16_autocast_scores_in_float32():
     assert ((logps - exact).abs() <= 0.05 * length).all()
     # The weights are in bfloat16, the log-softmax still is not.
     assert response_logps(model.bfloat16(), batch).dtype == torch.float32
+
+
+def test_real_tokens_are_counted_before_there_is_work_to_wait_for():
+    """A GPU tells how many there are when it has done all that it was given before."""
+    model, batch, counts, products = random_model(torch.float32), ragged_batch(), [], []
+
+    class Order(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            packet, place = function.overloadpacket, len(counts) + len(products)
+            by_mask = packet is torch.ops.aten.index and args[1][0].dtype == torch.bool
+            if packet is torch.ops.aten.nonzero or by_mask:
+                counts.append(place)
+            if packet in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                products.append(place)
+            return function(*args, **(kwargs or {}))
+
+    with Order():
+        response_logps(model, batch)
+    assert len(counts) == 2 and len(products) > 8 and max(counts) < min(products)
 
 
 # ----------------------------------------------------------------------- logits of a few at a time
