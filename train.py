@@ -10,9 +10,13 @@ made, THE LOOP, and main(config) -> metrics. The machinery around it is in harne
 
 import bisect
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+# Beside other work, torch's threads that wait for each other should sleep soon and not spin.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import nn

@@ -79,6 +79,18 @@ def test_a_half_written_file_never_takes_the_place_of_a_whole_one(tmp_path, monk
     assert (tmp_path / "file").read_text() == "a lone ?"
 
 
+@pytest.mark.parametrize("given, expected", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_that_wait_are_told_to_sleep_before_torch_is_loaded(tmp_path, given, expected):
+    """It is read once, when torch loads its threads; what the user has set stands."""
+    stand_in = "import os\nprint(os.environ.get('GOMP_SPINCOUNT'), flush=True)\nos._exit(0)\n"
+    (tmp_path / "torch.py").write_text(stand_in)
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", **given}
+    command = [sys.executable, "-c", "import train"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == expected + "\n"
+
+
 def test_importing_any_module_has_no_side_effect(tmp_path):
     names = list(sources())
     if not all(map(importlib.util.find_spec, ("transformers", "accelerate", "peft"))):
