@@ -63,10 +63,12 @@ from harness.update import update as optimizer_step
 from train import Config
 
 SHAPES = [(8, 64, 16), (8, 256, 32), (6, 128, 64), (2, 64, 32)]  # (M, S, R)
+GPT2 = {"vocab_size": 50257, "context": 1024, "layers": 12, "heads": 12, "width": 768}
 MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "default": (16, 15, {}),
     "5m": (16, 15, {"layers": 6, "width": 256}),
-    "gpt2": (1, 15, dict(vocab_size=50257, context=1024, layers=12, heads=12, width=768)),
+    "gpt2": (1, 15, GPT2),
+    "gpt2-x4": (4, 15, GPT2),  # four prompts: the weights are read once for all
     "v8k": (1, 15, {"vocab_size": 8192, "width": 64}),
     "v32k": (1, 15, {"vocab_size": 32768, "width": 64}),
     "v50k": (1, 15, {"vocab_size": 50257, "width": 64}),
@@ -318,8 +320,9 @@ def show(row: dict[str, Any]) -> str:
     return line
 
 
+HF_CASES = [("default", SHAPES[1]), *((name, SHAPES[0]) for name in ("5m", "gpt2", "gpt2-x4"))]
 PEERS = {  # name -> (packages, cases)
-    "hf": ("transformers", [("default", SHAPES[1]), ("5m", SHAPES[0]), ("gpt2", SHAPES[0])]),
+    "hf": ("transformers", HF_CASES),
     "trl": ("trl datasets", [("5m", SHAPES[3])]),
 }
 
