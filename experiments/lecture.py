@@ -267,9 +267,8 @@ def draw_efficiency(fig: Any, data: dict) -> None:
     known = {row: points for row, points in data.items() if points}
     last = max(n for points in known.values() for n, _ in points)
     ends = {row: points[-1][1] for row, points in known.items()}
-    best = max((row for row in known if known[row][-1][0] == last), key=ends.get)
-    most = f"{ends[best]:.0%} of the optimum's gain"
-    (ax,) = panels(fig, f"Of {last:,} rewards {best} make most: {most}")
+    most = max(efficiency for points in known.values() for n, efficiency in points if n == last)
+    (ax,) = panels(fig, f"{last:,} rewards buy {most:.0%} of the optimum's gain, at best")
     colours, heights = {"lire": BLUE, "dro": RED, "kto": GREEN, "rwr": ORANGE}, spread(ends, 0.055)
     for row, points in known.items():
         color = colours.get(row.split(",")[0], GRAY)
