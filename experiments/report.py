@@ -69,6 +69,14 @@ SECTIONS = {
         "nobody logged. 5 % of the logged answers are broken, 14 % of the reference's and 44 % of "
         "this policy's.",
     ),
+    "dro-ablations": Section(
+        "DRO-V's tau and value network, offline, 250 updates, dialogue, 3 seeds",
+        "A small tau earns more and strays further: at 0.2 the policy spends 3.6 nats where pi* "
+        "spends 2.2. A V of its own follows V* over the prompts (correlation 0.89), on the "
+        "policy's states it does not (-0.03), and is no better than one number for a batch. The "
+        "policy hardly depends on it: 0.37 nats from the optimum with a V of its own, 0.42 to "
+        "0.44 without. The paper found shared networks to be worse; so they are here, by little.",
+    ),
     "budget": Section(
         "How much of the optimum do N rewards buy? Offline, dialogue, seed 0",
         "Up to 30,000 they buy about as much for DRO, KTO and RWR. With 100,000, each read once, "
