@@ -162,8 +162,8 @@ def run_defaults(config: Config) -> dict[str, Any]:
         defaults = ON_TASKS | objective | row.on_tasks | TASKS[config.task].defaults
     if config.init:
         defaults |= {"tokenizer": None, "vocab_size": None, "reference_steps": 0}
-        for name in ("lr", "reference_lr"):
-            defaults[name] *= HUB_RATE if read_folder(config.init).from_elsewhere else 1
+        rate = HUB_RATE if read_folder(config.init).from_elsewhere else 1
+        defaults |= {name: rate * defaults[name] for name in ("lr", "reference_lr")}
     return defaults
 
 
