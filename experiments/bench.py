@@ -74,8 +74,14 @@ MODELS = {  # name -> (B, pairs, what differs from the default GPTConfig)
     "v50k": (1, 15, {"vocab_size": 50257, "width": 64}),
 }
 # Dense bfloat16 FLOP/s by data sheet; of the names that stand in a card's own, the first counts.
-BF16_PEAKS = {"NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
-BF16_PEAKS |= {"A100": 312e12, "4090": 165e12}
+BF16_PEAKS = {
+    "NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "4090": 165e12,
+}
 
 
 def token_ratio(M: int, S: int, R: int) -> float:

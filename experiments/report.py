@@ -79,7 +79,8 @@ SECTIONS = {
     ),
     "budget": Section(
         "How much of the optimum do N rewards buy? Offline, dialogue, seed 0",
-        "Up to 30,000 they buy about as much for DRO, KTO and RWR. With 100,000, each read once, "
+        "10,000 and 30,000 buy about as much for DRO, KTO and RWR; with fewer KTO spends more nats "
+        "than they are worth. With 100,000, each read once, "
         "DRO and RWR make 83 to 85 % of the optimum's gain; LIRE earns most, and makes 77 % of it "
         "at 2.7 nats; DPO leaves the language. DRO and KTO do with single responses what they do "
         "with lists.\n\nWhat holds DRO back with little data: it learns its prompts by heart, and "
