@@ -8,12 +8,13 @@ update; LIRE, DRO, RWR, DPO and KTO as lists of 8 of a prompt, 16 lists an updat
 has the strength and rate of its default, and for each N makes 1, 3 or 10 passes: whichever earns
 most on training prompts that no run reads, seed 0. What takes more than 1,600 updates is left out:
 10 passes over 30,000, and all but one over 100,000. Efficiency (docs/metrics.md) is told with its
-KL; the reward at a KL is interpolated along each run's own way there, and - where it never got so
-far.
+KL. A run looks at held-out prompts ten times, and `reward_at_1` is its reward where it last passed
+1 nat between two looks; "-" means that it never did.
 
-The leak table is about the largest N: how many answers are broken (bad grammar, another subject, a
-word off topic: reward 0), and the mean log-ratio log pi/pi_ref of broken and unbroken answers, of
-samples of the reference and of the policy. The optimum is that of the policy's KL.
+The second table shows where the probability leaks to: how many answers are broken (bad grammar,
+another subject, a word off topic: reward 0), and the mean log-ratio log pi/pi_ref of broken and
+unbroken answers, of samples of the reference and of the policy. The optimum is that of the policy's
+KL; "-" where its efficiency would not be told either. The third table is of the tries.
 Writes results/budget.json, .txt and, where matplotlib is present, .png.
 """
 
@@ -66,10 +67,14 @@ QUICK = {"sizes": (1_000, 3_000), "passes": (1, 3), "seeds": 1}
 SHORT = {"reference_steps": 300, "eval_prompts": 16, "eval_samples": 32}  # of --quick
 MOST_UPDATES = 1_600
 LEVELS = (0.5, 1.0, 2.0)  # nats
-LEAKS = """
-    reference_broken policy_broken optimum_broken reference_ratio_broken reference_ratio_unbroken
-    policy_ratio_broken policy_ratio_unbroken policy_unbroken_reward optimum_unbroken_reward
+SHARES = ["reference_broken", "policy_broken", "optimum_broken"]
+LEAKS = (
+    [*SHARES]
+    + """
+    reference_ratio_broken reference_ratio_unbroken policy_ratio_broken policy_ratio_unbroken
+    policy_unbroken_reward optimum_unbroken_reward
 """.split()
+)
 
 
 def config_of(row: str, size: int, passes: int, seed: int, common: dict) -> Config:
@@ -91,17 +96,18 @@ def most_reward(tried: dict[int, float | None]) -> int:
 
 
 def reward_at(path: list[tuple[float, float]], kl: float) -> float | None:
-    """The reward where a run first reaches this KL, interpolated along its (KL, reward) points.
+    """The reward where a run last passes this KL, up or down, between two looks (KL, reward).
 
-    >>> reward_at([(0.0, 4.0), (0.4, 5.0), (0.8, 6.0), (0.7, 6.5)], 0.5)
-    5.25
-    >>> reward_at([(0.0, 4.0), (0.4, 5.0)], 0.5) is None
+    >>> reward_at([(0.4, 5.0), (0.8, 6.0), (0.7, 6.5)], 0.75)
+    6.25
+    >>> reward_at([(0.4, 5.0), (0.8, 6.0), (0.7, 6.5)], 0.3) is None
     True
     """
+    found = None
     for (before, less), (after, more) in zip(path, path[1:]):
-        if before < kl <= after:
-            return less + (more - less) * (kl - before) / (after - before)
-    return None
+        if before != after and min(before, after) <= kl <= max(before, after):
+            found = less + (more - less) * (kl - before) / (after - before)
+    return found
 
 
 # ------------------------------------------------------------------------------- what a policy does
@@ -157,18 +163,19 @@ def leak_metrics(ratios: Tensor, broken: Tensor, rewards: Tensor) -> dict:
         metrics[f"{who}_ratio_unbroken"] = ratios[:, own][~broken[:, own]].mean().item()
     metrics["policy_unbroken_reward"] = rewards[:, n:][~broken[:, n:]].mean().item()
     log_b, log_w = frontier.mixture_weights(ratios)
-    _, best = frontier.optimum_at_kl(log_b, rewards, kl_divergence(log_w, log_b).mean().item())
+    tau, best = frontier.optimum_at_kl(log_b, rewards, kl_divergence(log_w, log_b).mean().item())
+    if not tau or frontier.effective_sample_size(best) < 20:  # as reported_efficiency
+        return finite(metrics) | {"optimum_broken": None, "optimum_unbroken_reward": None}
     weight = best.exp() * ~broken  # of unbroken answers
     metrics["optimum_broken"] = 1 - weight.sum(-1).mean().item()
     metrics["optimum_unbroken_reward"] = ((weight * rewards).sum() / weight.sum()).item()
     return finite(metrics)
 
 
-def path_of(c: Config, metrics: dict) -> list[tuple[float, float]]:
-    """(KL, reward) of a finished cell's looks at held-out prompts, from the reference on."""
+def path_of(c: Config) -> list[tuple[float, float]]:
+    """(KL, reward) of a finished cell's looks at held-out prompts."""
     lines = (folder_of(c) / "log.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("kl") is not None]
-    return [(0.0, metrics["reference_reward"])] + [(row["kl"], row["reward"]) for row in rows]
+    return [(row["kl"], row["reward"]) for row in map(json.loads, lines) if row.get("kl")]
 
 
 # ---------------------------------------------------------------------------------- what is written
@@ -207,7 +214,7 @@ def main(quick: bool = False, jobs: int = 0) -> dict:
     for cells in seeds.values():
         world = small_world(next(iter(cells.values())))
         for (row, size), c in cells.items():
-            rows[row][size].append(measured(c, world, size == max(setting["sizes"])))
+            rows[row][size].append(measured(c, world))
     results = {
         "settings": common | {name: setting[name] for name in ("sizes", "seeds")},
         "tried": [[*key, reward] for key, reward in rewards.items()],
@@ -223,20 +230,20 @@ def main(quick: bool = False, jobs: int = 0) -> dict:
     return results
 
 
-def measured(c: Config, world: World, leaking: bool) -> dict:
-    """What the tables show of a finished cell; `leaking`: the leak table too."""
+def measured(c: Config, world: World) -> dict:
+    """What the tables show of a finished cell."""
     metrics = json.loads((folder_of(c) / "metrics.json").read_text())
     if "failed" in metrics:
         return metrics
-    path = path_of(c, metrics)
+    path = path_of(c)
     names = ("policy_reward", "reference_reward", "kl", "efficiency", "policy_broken")
     found = {name: metrics.get(name) for name in names} | {"path": path}
     found |= {f"reward_at_{kl:g}": reward_at(path, kl) for kl in LEVELS}
-    return found | (leaks(c, world) if leaking else {})
+    return found | {"leaks": leaks(c, world)}
 
 
 def table(results: dict) -> str:
-    """Both tables in Markdown: mean and deviation over seeds."""
+    """The tables in Markdown: mean and deviation over seeds, where the mass goes, the tries."""
     columns = ["policy_reward", "kl", "efficiency", *(f"reward_at_{kl:g}" for kl in LEVELS)]
     lines = ["| | N | passes | " + " | ".join([*columns, "policy_broken"]) + " |"]
     lines.append("|" + "---|" * (len(columns) + 4))
@@ -246,17 +253,37 @@ def table(results: dict) -> str:
             cells.append(in_percent([m.get("policy_broken") for m in seeds]))
             passes = results["passes"][row][size]
             lines.append(f"| {row} | {int(size):,} | {passes} | " + " | ".join(cells) + " |")
-    lines += ["", "| | " + " | ".join(LEAKS) + " |", "|" + "---|" * (len(LEAKS) + 1)]
+    lines += ["", "Where the probability goes:", ""]
+    lines.append("| | N | " + " | ".join(LEAKS) + " |")
+    lines.append("|" + "---|" * (len(LEAKS) + 2))
     for row, sizes in results["rows"].items():
-        *_, seeds = sizes.values()
-        cells = [
-            (in_percent if name.endswith("_broken") and "ratio" not in name else mean_and_spread)(
-                [m.get(name) for m in seeds]
-            )
-            for name in LEAKS
-        ]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for size, seeds in sizes.items():
+            leaking = [m.get("leaks", {}) for m in seeds]
+            cells = [
+                (in_percent if name in SHARES else mean_and_spread)([m.get(name) for m in leaking])
+                for name in LEAKS
+            ]
+            lines.append(f"| {row} | {int(size):,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + ["", *tries(results)])
+
+
+def tries(results: dict) -> list[str]:
+    """The table of the tries: reward by passes, seed 0, on training prompts that no run reads."""
+    sizes = results["settings"]["sizes"]
+    lines = [
+        "The tries, seed 0, training prompts that no run reads: reward by passes, * is taken.",
+        "",
+    ]
+    lines.append("| | " + " | ".join(f"{size:,}" for size in sizes) + " |")
+    lines.append("|" + "---|" * (len(sizes) + 1))
+    for row, chosen in results["passes"].items():
+        cells = {size: [] for size in sizes}
+        for name, size, passes, reward in results["tried"]:
+            if name == row:
+                shown = "failed" if reward is None else f"{reward:.2f}"
+                cells[size].append(f"{passes}: {shown}{'*' * (chosen[str(size)] == passes)}")
+        lines.append(f"| {row} | " + " | ".join(map(", ".join, cells.values())) + " |")
+    return lines
 
 
 def in_percent(values: list[float | None]) -> str:
@@ -266,7 +293,7 @@ def in_percent(values: list[float | None]) -> str:
 
 
 def draw(results: dict, path: Path) -> str:
-    """Efficiency, and the reward at 1 nat, against N; a line a row, bars are deviations."""
+    """Efficiency, its KL, and the reward at 1 nat, against N; a line a row, bars are deviations."""
     try:
         import matplotlib
     except ImportError:
@@ -274,35 +301,33 @@ def draw(results: dict, path: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, constrained_layout=True)
+    fig, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True, constrained_layout=True)
     shown = {
-        "efficiency": "efficiency, KL beside it",
-        "reward_at_1": "reward at 1 nat, on the way there",
+        "efficiency": "efficiency, where it means something",
+        "kl": "KL, nats",
+        "reward_at_1": "reward where 1 nat was last passed",
     }
     for ax, (name, label) in zip(axes, shown.items()):
         for k, (row, sizes) in enumerate(results["rows"].items()):
-            points = []  # N, mean, deviation, mean KL
-            for size, seeds in sizes.items():
-                values = [m[name] for m in seeds if m.get(name) is not None]
-                if values:
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    kl = statistics.mean(m["kl"] for m in seeds if m.get(name) is not None)
-                    points.append((int(size), statistics.mean(values), spread, kl))
-            if not points:
-                continue
-            style = "--" if row.endswith("single") else "-"
-            look = {"color": plt.cm.tab10(k), "ls": style, "marker": "os"[style == "--"], "ms": 4}
-            x, y, spread, kls = zip(*points)
-            ax.errorbar(x, y, spread, lw=1.2, capsize=2, label=row, **look)
-            for at in zip(x, y, kls) if name == "efficiency" else ():
-                place = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 6}
-                ax.annotate(f"{at[2]:.1f}", at[:2], **place, color=look["color"])
+            points = [mean_and_deviation([m.get(name) for m in seeds]) for seeds in sizes.values()]
+            single = row.endswith("single")
+            look = {"color": plt.cm.tab10(k), "ls": "--" if single else "-", "ms": 4}
+            look |= {"marker": "s" if single else "o", "lw": 1.2, "capsize": 2}
+            ax.errorbar([int(size) for size in sizes], *zip(*points), label=row, **look)
         ax.set(xscale="log", xlabel="N, scored responses", ylabel=label)
         ax.grid(alpha=0.3)
+    axes[1].set_yscale("log")
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside center right")
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return f"picture: {path}"
+
+
+def mean_and_deviation(values: list[float | None]) -> tuple[float, float]:
+    """Of those that are known; nan, which leaves a gap in a line, where none is."""
+    known = [value for value in values if value is not None]
+    spread = statistics.stdev(known) if len(known) > 1 else 0.0
+    return (statistics.mean(known) if known else float("nan")), spread
 
 
 if __name__ == "__main__":

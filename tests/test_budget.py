@@ -75,12 +75,13 @@ def test_the_passes_of_most_reward_are_taken_the_fewest_at_a_tie():
     assert budget.most_reward({1: None, 3: None}) == 1
 
 
-def test_the_reward_at_a_kl_is_of_the_first_time_it_gets_there():
-    path = [(0.0, 1.0), (0.6, 2.0), (0.2, 3.0), (1.0, 5.0)]
-    assert budget.reward_at(path, 0.3) == 1.5
-    assert budget.reward_at(path, 0.6) == 2.0
-    assert budget.reward_at(path, 0.8) == pytest.approx(4.5)
-    assert budget.reward_at(path, 1.5) is None and budget.reward_at(path[:1], 0.1) is None
+def test_the_reward_at_a_kl_is_of_the_last_time_it_is_passed_between_two_looks():
+    path = [(0.6, 2.0), (0.6, 2.5), (0.2, 3.0), (1.0, 5.0), (0.9, 6.0)]
+    assert budget.reward_at(path, 0.3) == pytest.approx(3.0 + 2.0 * 0.1 / 0.8)  # up, after down
+    assert budget.reward_at(path, 0.95) == pytest.approx((5.0 + 6.0) / 2)  # down, after up
+    assert budget.reward_at(path, 0.9) == 6.0
+    assert budget.reward_at(path, 1.5) is None and budget.reward_at(path[:2], 0.6) is None
+    assert budget.reward_at(path, 0.1) is None  # before its first look nobody knows
 
 
 def test_leaks_by_hand():
@@ -112,12 +113,15 @@ def test_the_optimum_of_the_leak_table_is_that_of_the_policys_kl():
     assert m["policy_broken"] == pytest.approx(share[0].item(), abs=0.02)
 
 
-def test_beyond_every_optimum_the_best_answer_stands_for_it():
-    ratios = torch.tensor([[-9.0, -9.0, 9.0, 9.0]], dtype=torch.float64)
-    broken = torch.tensor([[True, False, False, True]])
-    rewards = torch.tensor([[0.0, 5.0, 1.0, 0.0]], dtype=torch.float64)
-    m = budget.leak_metrics(ratios, broken, rewards)
-    assert m["optimum_broken"] == 0.0 and m["optimum_unbroken_reward"] == 5.0
+def test_the_leak_table_tells_of_no_optimum_that_is_not_there_or_is_a_few_samples():
+    rewards = torch.linspace(1, 5, 80, dtype=torch.float64)[None]
+    at_random = torch.randn(1, 80, generator=torch.Generator().manual_seed(0)).double()
+    beyond = torch.cat([torch.full((1, 40), -9.0), torch.full((1, 40), 9.0)], -1).double()
+    optimum = ("optimum_broken", "optimum_unbroken_reward")
+    metrics = lambda ratios: budget.leak_metrics(ratios, rewards < 0, rewards)
+    assert all(metrics(0.3 * at_random)[name] is not None for name in optimum)
+    for m in (metrics(beyond), metrics(5 * at_random)):
+        assert all(m[name] is None for name in optimum) and m["policy_broken"] == 0.0
 
 
 def test_it_makes_the_passes_that_earned_most_and_writes_what_it_found(small_budget):
@@ -129,14 +133,16 @@ def test_it_makes_the_passes_that_earned_most_and_writes_what_it_found(small_bud
             tried = {n: r for own, N, n, r in results["tried"] if (own, str(N)) == (row, size)}
             assert results["passes"][row][size] == max(tried, key=tried.get)
             assert len(seeds) == 2 and all(math.isfinite(m["kl"]) for m in seeds)
-            assert [kl for m in seeds for kl, _ in m["path"][:1]] == [0.0, 0.0]
-            assert all(("policy_ratio_broken" in m) == (size == "512") for m in seeds)
+            assert all(set(m["leaks"]) == set(budget.LEAKS) for m in seeds)
     written = json.loads((folder / "results" / "budget-quick.json").read_text())
     assert written["results"] == results
     assert written["command"] == "python -m experiments.budget --quick"
     text = (folder / "results" / "budget-quick.txt").read_text()
     assert text == budget.table(results) + "\n" and "nan" not in text and "None" not in text
-    assert "| dro, single | 256 |" in text
+    assert text.count("| dro, single | 256 |") == 2  # what it earns, and where it leaks
+    chosen = results["passes"]["dro, single"]["256"]
+    (reward,) = [r for *own, r in results["tried"] if own == ["dro, single", 256, chosen]]
+    assert f"{chosen}: {reward:.2f}*" in text and text.count("*") == 2 * 2 + 1
     pytest.importorskip("matplotlib")
     assert (folder / "results" / "budget-quick.png").stat().st_size > 10_000
 
@@ -148,8 +154,8 @@ def test_the_cells_own_numbers_stand_in_the_table(small_budget, monkeypatch):
     c = budget.config_of("lire, lists", 512, passes, 1, {**budget.COMMON, **OWN})
     metrics = json.loads((cells.folder_of(c) / "metrics.json").read_text())
     found = results["rows"]["lire, lists"][size][1]
-    for name in ("policy_reward", "reference_reward", "kl", "efficiency"):
-        assert found[name] == metrics[name]
+    for name in ("policy_reward", "reference_reward", "kl", "efficiency", "policy_broken"):
+        assert found[name] == metrics.get(name)
     last = json.loads((cells.folder_of(c) / "log.jsonl").read_text().splitlines()[-1])
     assert found["path"][-1] == [last["kl"], last["reward"]]
 
