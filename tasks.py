@@ -55,7 +55,7 @@ class Task:
 
 
 class ByIndex(Sequence):
-    """A sequence whose items are made when they are asked for."""
+    """A sequence whose items are made when they are asked for; a slice is a list."""
 
     def __init__(self, size: int, make: Callable[[int], str]) -> None:
         self.size, self.make = size, make
@@ -63,10 +63,9 @@ class ByIndex(Sequence):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        return self.make(index)
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        indices = range(self.size)[index]
+        return self.make(indices) if isinstance(indices, int) else list(map(self.make, indices))
 
 
 def rewarded(prompt: str, responses: list[str], reward: Callable[[str, str], float]) -> dict:
