@@ -338,7 +338,9 @@ def test_the_table_shows_each_split_and_says_where_the_frontier_ends():
     ends = {"optimal_tau": 0.5, "ood_optimal_tau": 0.0, "optimal_kl": 1.0, "ood_optimal_kl": 1.5}
     lines = evaluation.summary(metrics | ends).splitlines()
     assert lines[1].split() == ["policy_reward", "1.000", "2.000"]
-    assert lines[-1].startswith("new subjects: no optimum needs more than 1.50 nats")
+    assert lines[-1].startswith(
+        "new subjects: no optimum over the answers drawn needs more than 1.50 nats"
+    )
     assert "held out:" not in lines[-2]
 
 

@@ -181,10 +181,13 @@ def test_efficiency_beyond_the_frontiers_end_is_said_under_the_table(policy, tau
     metrics = evaluation.finite(metrics)
     assert tau is None or metrics["optimal_tau"] == tau
     both = metrics | {f"ood_{name}": value for name, value in metrics.items()}
-    last = "no optimum needs more than 0.69 nats, so the efficiency is against the best at that KL"
+    last = (
+        "no optimum over the answers drawn needs more than 0.69 nats; the efficiency is against "
+        "that one"
+    )
     lines = evaluation.summary(both).splitlines()
     assert lines[-2:] == [f"held out: {last}", f"new subjects: {last}"] or not said
-    assert ("no optimum needs" in evaluation.summary(both)) == said
+    assert ("no optimum over" in evaluation.summary(both)) == said
     assert math.log(2) == pytest.approx(0.69, abs=0.005)
 
 
