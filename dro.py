@@ -5,11 +5,12 @@
     V*(x)    = tau log E_{y ~ pi_ref} exp(r(x, y) / tau)
 
 So r - V* - tau log pi*/pi_ref = 0 for every response. DRO learns policy and value by making that
-residual small on responses from anywhere, one reward each (Eq. 4). No pairs, no samples from the
-policy. DRO is not "distributionally robust optimisation". Losses take flat tensors [N], one element
-a response; no gradient of theirs reaches ref_logps or rewards. They compute half precision in
-float32, which can't bring back the nats that a log-probability lost if its tokens were summed in
-half precision. frontier.py finds the pi* of a given KL, and says how near to it a policy is.
+residual small on responses from anywhere that cover what pi_ref can say, one reward each (Eq. 4).
+No pairs, no samples from the policy. pi* is what DPO starts from too, with beta for tau. DRO is not
+"distributionally robust optimisation". Losses take flat tensors [N], one element a response; no
+gradient of theirs reaches ref_logps or rewards. They compute half precision in float32, which does
+not repair log-probabilities that were summed in half precision. frontier.py finds the pi* of a
+given KL, and says how near to it a policy is.
 """
 
 import torch

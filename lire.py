@@ -10,9 +10,8 @@ and rewards r_j:
 No reference model, no pairs, no KL term. Plain functions of tensors: [B, M] is B prompts with M
 candidates each, `mask` is True where a candidate is real, and what stands in the other slots (nan
 included) changes nothing. A list without candidates gives 0, with gradient 0. No gradient reaches
-rewards or lengths. Half precision is computed in float32, which can't bring back the nats that a
-log-probability lost if its tokens were summed in half precision. Algorithm 1's rounds of sampling
-are the loop of train.py.
+rewards or lengths. Half precision is computed in float32, which does not repair log-probabilities
+that were summed in half precision. Algorithm 1's rounds of sampling are the loop of train.py.
 """
 
 import torch

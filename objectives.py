@@ -40,7 +40,7 @@ def lire_scores(c: Any, x: Inputs) -> Tensor:
 
 
 def lire_objective(c: Any, x: Inputs) -> Losses:
-    """The list's expected reward, negated (Eq. 5), and the likelihood of its best response."""
+    """The list's expected reward, negated (Eq. 5), and the SFT term of its best response."""
     how = "none" if c.reward_norm == "global" else c.reward_norm  # the pool is scaled already
     rewards = lire.transform_rewards(x.rewards, x.mask, how)
     loss = lire.lire_loss(lire_scores(c, x), rewards, x.mask, c.temperature)
@@ -309,9 +309,9 @@ class Objective(NamedTuple):
     loss: Callable[[Any, Inputs], Losses] | None
     # Of the options that it reads. Those of other objectives are refused.
     defaults: dict[str, Any]
-    # Of NEEDS.
+    # What a batch must hold for it, names of NEEDS.
     needs: set[str] = set()
-    # Those that it takes, its default first.
+    # The values of --reward-norm that it takes, its default first.
     reward_norm: tuple[str, ...] = ("none", "global")
     # The option that scales its log-ratio in the log.
     strength: str | None = None
@@ -347,7 +347,7 @@ NEEDS = {
     "mismatched": "scores prompts with the responses of others",
 }
 
-# Rates and strengths are the best of experiments.grid, which looks at training prompts alone.
+# Rates and strengths were chosen by experiments.grid, which looks at training prompts alone.
 OBJECTIVES = {
     "lire": Objective(
         lire_objective,
@@ -364,7 +364,7 @@ OBJECTIVES = {
         {"reference", "values"},
         reward_norm=("global", "none"),
         strength="tau",
-        # V and policy learn more from many prompts than from many answers to each.
+        # Many updates on many prompts: what helped it most (results/README.md).
         on_tasks={"candidates": 2, "batch_size": 64, "steps": 1600, "iterate": 2},
         conflict=dro_conflict,
         metrics=dro_metrics,

@@ -137,7 +137,7 @@ def make_pool(
         lists = [replace(e, rewards=reward_list(world, e.prompt, e.response_ids)) for e in lists]
     rewards = [reward for e in lists for reward in e.rewards]
     if not state.step and not why_lists(c):
-        with_settings_of_the_data(c, rewards)  # refuses a first pool of one reward; later may be
+        with_settings_of_the_data(c, rewards)  # to refuse a first pool that teaches nothing
     if c.reward_norm == "global":
         state.reward_scale = state.reward_scale or mean_and_deviation(rewards)
         lists = [replace(e, rewards=normalise(e.rewards, state.reward_scale)) for e in lists]

@@ -31,7 +31,7 @@ class World:
     task: Task | None
     allowed: Tensor | None  # [max_response, V] bool, where a task allows some tokens only
     max_response: int
-    ranks: dict | None = None  # of enc, where it is ours
+    ranks: dict | None = None  # {token: rank} of an enc that was made here
     init: Pretrained | None = None  # what the reference starts from, unless it is fresh
     logged: list[Example] = ()  # the reference is trained on
     train: list[Example] = ()  # prompts of a task that the policy reads first, to look at it there

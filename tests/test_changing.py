@@ -90,7 +90,7 @@ def test_an_objective_with_a_strength_of_its_own(project):
     row, field = lines.splitlines(keepends=True)
     assert len(function.splitlines()) + len(lines.splitlines()) <= 10
     insert(
-        "objectives.py", "# Rates and strengths are the best of experiments.grid", function + "\n\n"
+        "objectives.py", "# Rates and strengths were chosen by experiments.grid", function + "\n\n"
     )
     add_row(insert, "objectives.py", "OBJECTIVES", row)
     insert("harness/config.py", "    shuffle_prompts: bool = option(", field)
