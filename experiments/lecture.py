@@ -268,7 +268,7 @@ def draw_efficiency(fig: Any, data: dict) -> None:
     last = max(n for points in known.values() for n, _ in points)
     ends = {row: points[-1][1] for row, points in known.items()}
     most = max(efficiency for points in known.values() for n, efficiency in points if n == last)
-    (ax,) = panels(fig, f"{last:,} rewards buy {most:.0%} of the optimum's gain, at best")
+    (ax,) = panels(fig, f"with {last:,} rewards the best of these makes {most:.0%} of the gain")
     colours, heights = {"lire": BLUE, "dro": RED, "kto": GREEN, "rwr": ORANGE}, spread(ends, 0.055)
     for row, points in known.items():
         color = colours.get(row.split(",")[0], GRAY)
@@ -316,18 +316,20 @@ FIGURES = {
         1,
         weights,
         draw_weights,
-        "The weight is -d loss / d s_w. DPO's tends to beta the worse the order is; LIRE's is "
-        "largest at margin 0, tanh(gap / 2) / (4 T), and tends to 0 on both sides. T = 2, "
-        "beta = 1/2, gap r_w - r_l = 2; each line is divided by its largest.",
+        "Two responses, w earns more than l; the margin is s_w - s_l, and s a log-prob (of DPO a "
+        "log-ratio). The weight is -d loss / d s_w. DPO's tends to beta the worse the order is; "
+        "LIRE's is largest at margin 0, tanh(gap / 2) / (4 T), and tends to 0 on both sides. "
+        "T = 2, beta = 1/2, gap r_w - r_l = 2; each line is divided by its largest.",
         "`lire.lire_grad` of a list of two, and the gradient of `baselines.dpo_loss`.",
     ),
     "pool": Row(
         1,
         pool_rounds,
         draw_pool_rounds,
-        "LIRE with four candidates, mean of three seeds. Samples at temperature 0.2 and T = 2: the "
-        "candidates of a list become one answer, most lists hold one single reward, and the policy "
-        "earns no more. Samples at 1, T = 8 and an SFT term: they stay different for longer.",
+        "LIRE with four candidates on tiny, mean of three seeds; shares are of a round's pool, the "
+        "reward is that at its end. Samples at temperature 0.2 and T = 2: the candidates of a list "
+        "become one answer, most lists hold one single reward, and the policy earns no more. "
+        "Samples at 1, T = 8 and an SFT term: they stay different for longer.",
         "Runs of `train.py` with POOL and POOLS, columns of log.jsonl: `docs/metrics.md`.",
     ),
     "optimum": Row(
@@ -363,8 +365,9 @@ FIGURES = {
         values_in_training,
         draw_values,
         "A point is a held-out prompt. V starts near 0, climbs with the policy, and lies on V = V* "
-        "when the policy is near pi*: both are learnt from one residual. V* is exact, from all 584 "
-        "responses. The rewards are in deviations of the first pool.",
+        "when the policy is near pi*: both are learnt from one residual, on new samples of the "
+        "policy every five updates or so. V* is exact, from all 584 responses. The rewards are in "
+        "deviations of the first pool.",
         "Three runs of `train.py` with VALUES and UPDATES; V* by `dro.optimal_value`.",
     ),
     "dpo": Row(
@@ -391,7 +394,8 @@ FIGURES = {
         efficiency_by_size,
         draw_efficiency,
         "Efficiency is the share of the optimum's gain at the policy's own KL. Dashed: single "
-        "responses; whole lines: lists of eight. Mean of the seeds.",
+        "responses; whole lines: lists of eight. Mean of the seeds that have one; where none "
+        "has, there is no point (docs/metrics.md says when).",
         "`results/budget.json`, of `python -m experiments.budget`.",
         "budget",
     ),
