@@ -5,9 +5,9 @@
 
 A small reference, then DRO-V on batches of 128 responses that no policy chose: a length of 1 to 3
 words, then the words, all equally likely. At the end KL(pi*, pi) and |V - V*|, mean over the
-prompts, in nats and in units of the normalised reward. One prompt converges in a minute, four take
-longer. The rows "1/2" train with the coefficient that the box of Algorithm 1 prints in place of
-tau/2: see dro.dro_v_losses. At tau 1 the two agree. Writes results/exact.json.
+prompts, in nats and in units of the normalised reward. Four prompts take the GPT four times the
+steps of one. The rows "1/2" train with the coefficient that the box of Algorithm 1 prints in place
+of tau/2: see dro.dro_v_losses. At tau 1 the two agree. Writes results/exact.json.
 """
 
 import argparse
