@@ -293,7 +293,10 @@ def in_percent(values: list[float | None]) -> str:
 
 
 def draw(results: dict, path: Path) -> str:
-    """Efficiency, its KL, and the reward at 1 nat, against N; a line a row, bars are deviations."""
+    """Efficiency, its KL, and the reward at 1 nat, against N; bars are deviations.
+
+    There is no point where a seed has no such number.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -303,7 +306,7 @@ def draw(results: dict, path: Path) -> str:
 
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True, constrained_layout=True)
     shown = {
-        "efficiency": "efficiency, where it means something",
+        "efficiency": "efficiency, where all seeds have one",
         "kl": "KL, nats",
         "reward_at_1": "reward where 1 nat was last passed",
     }
@@ -324,10 +327,10 @@ def draw(results: dict, path: Path) -> str:
 
 
 def mean_and_deviation(values: list[float | None]) -> tuple[float, float]:
-    """Of those that are known; nan, which leaves a gap in a line, where none is."""
-    known = [value for value in values if value is not None]
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
-    return (statistics.mean(known) if known else float("nan")), spread
+    """Of the seeds; nan, which leaves a gap in a line, where one of them has none."""
+    if None in values:
+        return float("nan"), 0.0
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def draw_plane(fig: Any, data: Plane) -> None:
 
 
 def draw_efficiency(fig: Any, data: dict) -> None:
-    """A line a row, named at its end; dashed where responses are read singly."""
+    """A line a row, named at its last point; dashed where responses are read singly."""
     known = {row: points for row, points in data.items() if points}
     last = max(n for points in known.values() for n, _ in points)
     ends = {row: points[-1][1] for row, points in known.items()}
@@ -273,7 +273,7 @@ def draw_efficiency(fig: Any, data: dict) -> None:
     for row, points in known.items():
         color = colours.get(row.split(",")[0], GRAY)
         ax.plot(*zip(*points), "o--" if row.endswith("single") else "o-", color=color)
-        say(ax, row, (last, heights[row]), color)
+        say(ax, row, (points[-1][0], heights[row]), color)
     ax.set(xscale="log", xlabel="N, scored responses", ylabel="efficiency")
     ax.set(ylim=(min(0, *ends.values()), 1))
 
@@ -394,8 +394,8 @@ FIGURES = {
         efficiency_by_size,
         draw_efficiency,
         "Efficiency is the share of the optimum's gain at the policy's own KL. Dashed: single "
-        "responses; whole lines: lists of eight. Mean of the seeds that have one; where none "
-        "has, there is no point (docs/metrics.md says when).",
+        "responses; whole lines: lists of eight. Mean of the seeds; there is no point where "
+        "a seed has no efficiency (docs/metrics.md says when): LIRE has none at all.",
         "`results/budget.json`, of `python -m experiments.budget`.",
         "budget",
     ),

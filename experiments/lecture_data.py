@@ -283,12 +283,15 @@ def plane() -> Plane:
 
 
 def efficiency_by_size() -> dict[str, list[tuple[int, float]]]:
-    """{row of results/budget.json: (N, efficiency), where it means something}."""
-    rows = read_results("budget")["rows"]
-    means = {
-        row: {int(n): mean_of(m, "efficiency") for n, m in own.items()} for row, own in rows.items()
+    """{row of results/budget.json: (N, mean efficiency), where every seed has one}."""
+    return {
+        row: [
+            (int(n), mean_of(seeds, "efficiency"))
+            for n, seeds in own.items()
+            if all(m.get("efficiency") is not None for m in seeds)
+        ]
+        for row, own in read_results("budget")["rows"].items()
     }
-    return {row: [at for at in own.items() if at[1] is not None] for row, own in means.items()}
 
 
 # ---------------------------------------------------------------------------- where words can stand

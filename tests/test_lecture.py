@@ -174,7 +174,7 @@ def test_the_plane_is_of_default_strengths_and_means_over_seeds(tmp_path, monkey
 def test_the_budget_is_read_as_its_experiment_writes_it(tmp_path, monkeypatch):
     monkeypatch.setattr(lecture_data, "RESULTS", tmp_path)
     seeds = [{"efficiency": 0.25}, {"efficiency": 0.75}, {"efficiency": None}, {"failed": "nan"}]
-    rows = {"dro, single": {"1000": seeds, "3000": seeds[2:]}, "kto, single": {"1000": seeds[3:]}}
+    rows = {"dro, single": {"1000": seeds[:2], "3000": seeds[1:3]}, "kto, single": {"1000": seeds}}
     results(tmp_path, "budget", {"rows": rows})
     assert lecture_data.efficiency_by_size() == {"dro, single": [(1000, 0.5)], "kto, single": []}
 
