@@ -8,13 +8,14 @@ update; LIRE, DRO, RWR, DPO and KTO as lists of 8 of a prompt, 16 lists an updat
 has the strength and rate of its default, and for each N makes 1, 3 or 10 passes: whichever earns
 most on training prompts that no run reads, seed 0. What takes more than 1,600 updates is left out:
 10 passes over 30,000, and all but one over 100,000. Efficiency (docs/metrics.md) is told with its
-KL. A run looks at held-out prompts ten times, and `reward_at_1` is its reward where it last passed
-1 nat between two looks; "-" means that it never did.
+KL. A run looks at held-out prompts eight to ten times, and `reward_at_1` is its reward where it
+last passed 1 nat between two looks; "-" means that it never did.
 
 The second table shows where the probability leaks to: how many answers are broken (bad grammar,
 another subject, a word off topic: reward 0), and the mean log-ratio log pi/pi_ref of broken and
 unbroken answers, of samples of the reference and of the policy. The optimum is that of the policy's
-KL; "-" where its efficiency would not be told either. The third table is of the tries.
+KL; "-" where that is beyond the optimum of these samples, or fewer than 20 of them would tell as
+much. The third table is of the tries.
 Writes results/budget.json, .txt and, where matplotlib is present, .png.
 """
 
@@ -175,7 +176,9 @@ def leak_metrics(ratios: Tensor, broken: Tensor, rewards: Tensor) -> dict:
 def path_of(c: Config) -> list[tuple[float, float]]:
     """(KL, reward) of a finished cell's looks at held-out prompts."""
     lines = (folder_of(c) / "log.jsonl").read_text().splitlines()
-    return [(row["kl"], row["reward"]) for row in map(json.loads, lines) if row.get("kl")]
+    return [
+        (row["kl"], row["reward"]) for row in map(json.loads, lines) if row.get("kl") is not None
+    ]
 
 
 # ---------------------------------------------------------------------------------- what is written
@@ -287,9 +290,10 @@ def tries(results: dict) -> list[str]:
 
 
 def in_percent(values: list[float | None]) -> str:
-    """The mean of shares, in percent; - where there is none."""
+    """The mean of shares, in percent; - where there is none, and how many where not all."""
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.1%}" if known else "-"
+    count = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):.1%}{count}" if known else "-"
 
 
 def draw(results: dict, path: Path) -> str:

@@ -395,7 +395,7 @@ FIGURES = {
         draw_efficiency,
         "Efficiency is the share of the optimum's gain at the policy's own KL. Dashed: single "
         "responses; whole lines: lists of eight. Mean of the seeds; there is no point where "
-        "a seed has no efficiency (docs/metrics.md says when): LIRE has none at all.",
+        "a seed has no efficiency (docs/metrics.md says when): LIRE has no point at all.",
         "`results/budget.json`, of `python -m experiments.budget`.",
         "budget",
     ),

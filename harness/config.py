@@ -88,7 +88,7 @@ class Config:
         "softmax, zscore: within a list; global: z-scored over the first pool",
         ("softmax", "zscore", "global", "none"),
     )
-    sft_weight: float | None = option(None, "weight of the best candidate's -log pi, a token")
+    sft_weight: float | None = option(None, "weight of the best candidate's -log pi per token")
     tau: float | None = option(
         None, "KL strength, in units of the normalised reward", positive=True
     )

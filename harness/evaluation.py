@@ -445,6 +445,6 @@ def beyond_the_frontier(split: str, metrics: dict, prefix: str = "") -> str:
     if metrics[f"{prefix}optimal_tau"] != 0 or metrics[f"{prefix}efficiency"] is None:
         return ""
     return (
-        f"{split}: no optimum over the answers drawn needs more than "
-        f"{metrics[f'{prefix}optimal_kl']:.2f} nats; the efficiency is against that one"
+        f"{split}: over the answers drawn no optimum needs more than "
+        f"{metrics[f'{prefix}optimal_kl']:.2f} nats; the efficiency is against the best at that KL"
     )

@@ -10,7 +10,7 @@ from helpers import SMALL
 from dro import optimal_logps
 from experiments import budget, cells
 from harness.config import resolve
-from harness.pool import make_world, round_prompts
+from harness.pool import make_world, reward_list, round_prompts
 from tasks import make_task
 
 OWN = {
@@ -122,6 +122,8 @@ def test_the_leak_table_tells_of_no_optimum_that_is_not_there_or_is_a_few_sample
     assert all(metrics(0.3 * at_random)[name] is not None for name in optimum)
     for m in (metrics(beyond), metrics(5 * at_random)):
         assert all(m[name] is None for name in optimum) and m["policy_broken"] == 0.0
+    rewards = torch.cat([torch.ones(1, 10), torch.full((1, 70), 5.0)], -1).double()  # 30 of 40 best
+    assert all(metrics(beyond)[name] is None for name in optimum)
 
 
 def test_it_makes_the_passes_that_earned_most_and_writes_what_it_found(small_budget):
@@ -156,8 +158,61 @@ def test_the_cells_own_numbers_stand_in_the_table(small_budget, monkeypatch):
     found = results["rows"]["lire, lists"][size][1]
     for name in ("policy_reward", "reference_reward", "kl", "efficiency", "policy_broken"):
         assert found[name] == metrics.get(name)
-    last = json.loads((cells.folder_of(c) / "log.jsonl").read_text().splitlines()[-1])
-    assert found["path"][-1] == [last["kl"], last["reward"]]
+    rows = map(json.loads, (cells.folder_of(c) / "log.jsonl").read_text().splitlines())
+    assert found["path"] == [[row["kl"], row["reward"]] for row in rows if "kl" in row]
+    for kl in budget.LEVELS:
+        assert found[f"reward_at_{kl:g}"] == budget.reward_at(found["path"], kl)
+    monkeypatch.setattr(budget, "reward_at", lambda path, kl: kl)
+    monkeypatch.setattr(budget, "leaks", lambda c, world: {"policy_broken": "its own"})
+    found = budget.measured(c, None)
+    assert [found[f"reward_at_{kl}"] for kl in ("0.5", "1", "2")] == [0.5, 1.0, 2.0]
+    assert found["policy_broken"] == metrics.get("policy_broken")
+
+
+def same(weights, others):
+    return all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_passes_are_judged_by_the_policy_on_the_last_training_prompts(small_budget, monkeypatch):
+    _, folder = small_budget
+    monkeypatch.chdir(folder)
+    c = budget.config_of("lire, lists", 512, 1, 0, {**budget.COMMON, **OWN})
+    world, seen, sample = budget.small_world(c), [], budget.sample_lists
+
+    def spy(c, world, model, examples, *rest):
+        lists = sample(c, world, model, examples, *rest)
+        seen.append((model.state_dict(), [e.prompt for e in examples], lists))
+        return lists
+
+    monkeypatch.setattr(budget, "sample_lists", spy)
+    reward = budget.unread_reward(c, world)
+    ((weights, prompts, lists),) = seen
+    folder = cells.folder_of(c)
+    policy = torch.load(folder / "checkpoint.pt", weights_only=False)["policy"]
+    assert same(weights, policy)
+    assert prompts == world.task.train[-OWN["eval_prompts"] :]
+    marks = [reward_list(world, prompt, own) for prompt, own in zip(prompts, lists)]
+    assert reward == pytest.approx(torch.tensor(marks).mean().item())
+
+    # The leak table: both models' samples on held-out prompts, the reference's first.
+    seen.clear()
+    monkeypatch.setattr(budget, "leak_metrics", lambda *tensors: tensors)
+    ratios, broken, rewards = budget.leaks(c, world)
+    (ref_weights, prompts, first), (weights, _, second) = seen
+    reference = torch.load(folder / "reference.pt")
+    assert same(ref_weights, reference) and same(weights, policy)
+    assert prompts == [e.prompt for e in world.heldout[: OWN["eval_prompts"]]]
+    n = OWN["eval_samples"]
+    assert ratios[:, :n].mean() < 0 < ratios[:, n:].mean()  # each its own samples
+    for own, lists in ((rewards[:, :n], first), (rewards[:, n:], second)):
+        assert own[0].tolist() == pytest.approx(reward_list(world, prompts[0], lists[0]))
+    assert torch.equal(broken, rewards == 0)
+
+
+def test_a_mean_of_some_seeds_alone_is_no_point_of_the_picture():
+    assert budget.mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert math.isnan(budget.mean_and_deviation([1.0, None])[0])
+    assert budget.in_percent([0.5, None]) == "50.0% (1 of 2)" and budget.in_percent([None]) == "-"
 
 
 def test_the_small_world_is_the_cells_own_but_for_what_it_trains_on():

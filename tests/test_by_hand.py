@@ -339,7 +339,7 @@ def test_the_table_shows_each_split_and_says_where_the_frontier_ends():
     lines = evaluation.summary(metrics | ends).splitlines()
     assert lines[1].split() == ["policy_reward", "1.000", "2.000"]
     assert lines[-1].startswith(
-        "new subjects: no optimum over the answers drawn needs more than 1.50 nats"
+        "new subjects: over the answers drawn no optimum needs more than 1.50 nats"
     )
     assert "held out:" not in lines[-2]
 
