@@ -24,6 +24,8 @@ from torch import Tensor
 
 from dro import kl_divergence, optimal_logps
 
+ENOUGH_SAMPLES = 20  # effective ones: what an optimum of fewer would say is not told
+
 
 def _check(*tensors: Tensor) -> None:
     if any(t.shape != tensors[0].shape or t.dim() != 2 for t in tensors):
@@ -115,7 +117,7 @@ def reported_efficiency(best: Frontier, kl: float, enumerated: bool = False) -> 
 
     Args: kl: of the policy, as reported; enumerated: the responses were all there are.
     """
-    enough = enumerated or best.effective_sample_size >= 20 or best.tau == 0
+    enough = enumerated or best.effective_sample_size >= ENOUGH_SAMPLES or best.tau == 0
     told = kl >= 0.05 and enough and math.isfinite(best.efficiency)
     return {
         "efficiency": best.efficiency if told else math.nan,

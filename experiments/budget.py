@@ -68,14 +68,11 @@ QUICK = {"sizes": (1_000, 3_000), "passes": (1, 3), "seeds": 1}
 SHORT = {"reference_steps": 300, "eval_prompts": 16, "eval_samples": 32}  # of --quick
 MOST_UPDATES = 1_600
 LEVELS = (0.5, 1.0, 2.0)  # nats
-SHARES = ["reference_broken", "policy_broken", "optimum_broken"]
-LEAKS = (
-    [*SHARES]
-    + """
-    reference_ratio_broken reference_ratio_unbroken policy_ratio_broken policy_ratio_unbroken
-    policy_unbroken_reward optimum_unbroken_reward
+LEAKS = """
+    reference_broken policy_broken optimum_broken reference_ratio_broken reference_ratio_unbroken
+    policy_ratio_broken policy_ratio_unbroken policy_unbroken_reward optimum_unbroken_reward
 """.split()
-)
+SHARES = LEAKS[:3]
 
 
 def config_of(row: str, size: int, passes: int, seed: int, common: dict) -> Config:
@@ -165,7 +162,8 @@ def leak_metrics(ratios: Tensor, broken: Tensor, rewards: Tensor) -> dict:
     metrics["policy_unbroken_reward"] = rewards[:, n:][~broken[:, n:]].mean().item()
     log_b, log_w = frontier.mixture_weights(ratios)
     tau, best = frontier.optimum_at_kl(log_b, rewards, kl_divergence(log_w, log_b).mean().item())
-    if not tau or frontier.effective_sample_size(best) < 20:  # as reported_efficiency
+    # None is told of where the policy is beyond it, or a few samples stand for it.
+    if not tau or frontier.effective_sample_size(best) < frontier.ENOUGH_SAMPLES:
         return finite(metrics) | {"optimum_broken": None, "optimum_unbroken_reward": None}
     weight = best.exp() * ~broken  # of unbroken answers
     metrics["optimum_broken"] = 1 - weight.sum(-1).mean().item()
@@ -316,7 +314,7 @@ def draw(results: dict, path: Path) -> str:
     }
     for ax, (name, label) in zip(axes, shown.items()):
         for k, (row, sizes) in enumerate(results["rows"].items()):
-            points = [mean_and_deviation([m.get(name) for m in seeds]) for seeds in sizes.values()]
+            points = [point_of([m.get(name) for m in seeds]) for seeds in sizes.values()]
             single = row.endswith("single")
             look = {"color": plt.cm.tab10(k), "ls": "--" if single else "-", "ms": 4}
             look |= {"marker": "s" if single else "o", "lw": 1.2, "capsize": 2}
@@ -330,7 +328,7 @@ def draw(results: dict, path: Path) -> str:
     return f"picture: {path}"
 
 
-def mean_and_deviation(values: list[float | None]) -> tuple[float, float]:
+def point_of(values: list[float | None]) -> tuple[float, float]:
     """Of the seeds; nan, which leaves a gap in a line, where one of them has none."""
     if None in values:
         return float("nan"), 0.0

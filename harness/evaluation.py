@@ -190,7 +190,7 @@ def against_the_optimum(
     optimal_values = dro.optimal_value(log_b, rewards, tau)  # [B]
     optimum = dro.optimal_logps(log_b, rewards, tau)
     # A few samples with nearly all the weight say too little of KL(pi*, policy).
-    enough = enumerated or frontier.effective_sample_size(optimum) >= 20
+    enough = enumerated or frontier.effective_sample_size(optimum) >= frontier.ENOUGH_SAMPLES
     distance = dro.kl_divergence(optimum, log_w).mean().item()
     metrics = {
         "kl_from_optimum": distance if enough else math.nan,

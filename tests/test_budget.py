@@ -210,8 +210,8 @@ def test_passes_are_judged_by_the_policy_on_the_last_training_prompts(small_budg
 
 
 def test_a_mean_of_some_seeds_alone_is_no_point_of_the_picture():
-    assert budget.mean_and_deviation([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
-    assert math.isnan(budget.mean_and_deviation([1.0, None])[0])
+    assert budget.point_of([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert math.isnan(budget.point_of([1.0, None])[0])
     assert budget.in_percent([0.5, None]) == "50.0% (1 of 2)" and budget.in_percent([None]) == "-"
 
 
