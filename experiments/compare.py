@@ -243,35 +243,30 @@ def draw(results: dict, path: Path) -> str:
     ax.plot(0, base, "s", color="black", label="reference")
     objectives = list(dict.fromkeys(row.split(",")[0] for row in results["rows"]))
     for objective, marker in zip(objectives, "o^vDsPX<>*hd"):
-        points = []  # mean, spread, strength of each row of the objective
+        points = []  # mean, spread, strength of each row of the objective, from left to right
         for row, seeds in results["rows"].items():
             values = [[m["kl"], m["policy_reward"]] for m in seeds if m.get("kl") is not None]
             if row.split(",")[0] == objective and values:
                 values = torch.tensor(values)
                 spread = values.std(0, correction=int(len(values) > 1))
-                points.append((values.mean(0).tolist(), spread.tolist(), row.split()[-1]))
+                strength = "".join(row.split()[2:])  # of "dro, tau 0.5"; some have none
+                points.append((values.mean(0).tolist(), spread.tolist(), strength))
         if not points:
             continue
+        points.sort()
         x, y = zip(*(mean for mean, _, _ in points))
         x_error, y_error = zip(*(spread for _, spread, _ in points))
         inside = [min(value, edge) for value in x]  # what is beyond the edge is drawn at it
         style = marker + ("-" if len(points) > 1 else "")
         look = {"fmt": style, "color": plt.cm.tab20(2 * objectives.index(objective) % 19)}
-        bars = ax.errorbar(inside, y, y_error, x_error, **look, ms=6, lw=1, label=objective)
-        for px, py, (mean, _, strength) in zip(inside, y, points):
-            far = f" (KL {mean[0]:.0f})" if mean[0] > edge else ""
-            ax.annotate(
-                strength + far,
-                (px, py),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color=bars[0].get_color(),
-            )
+        strengths = [f"{own} (KL {kl:.0f})" if kl > edge else own for (kl, _), _, own in points]
+        label = f"{objective} {', '.join(strengths)}".rstrip()
+        ax.errorbar(inside, y, y_error, x_error, **look, ms=6, lw=1, label=label)
     ax.set(xlabel="KL to the reference, nats", ylabel="reward, held-out prompts")
     ax.set(xlim=(-0.02 * edge, 1.05 * edge))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+    ax.legend(title="strengths, from left to right", title_fontsize=8, fontsize=8, **place)
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return f"picture: {path}"
